@@ -1,0 +1,52 @@
+"""What a request may ask for, checked when it is admitted: a ValueError offline, HTTP 400 online."""
+
+from typing import Any
+
+from vllm.sampling_params import SamplingParams
+from vllm.v1.sample.logits_processor import LogitsProcessor
+
+from dllm_plugin.compat import V2LogitsProcessor
+from dllm_plugin.params import check_request
+
+# SamplingParams attribute, its neutral values, and what a user can do instead
+_UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("min_p", (0, 0.0), "use top_p or top_k"),
+    ("presence_penalty", (0, 0.0), "penalties assume left-to-right generation"),
+    ("frequency_penalty", (0, 0.0), "penalties assume left-to-right generation"),
+    ("repetition_penalty", (1, 1.0), "penalties assume left-to-right generation"),
+    ("min_tokens", (0,), "use diffusion_eos_suppression='logits' to forbid EOS"),
+    ("logit_bias", (None, {}), "leave it out"),
+    ("allowed_token_ids", (None, []), "leave it out"),
+    ("bad_words", (None, []), "leave it out"),
+    ("logprobs", (None,), "leave it out"),
+    ("prompt_logprobs", (None,), "leave it out"),
+    ("structured_outputs", (None,), "leave it out"),
+)
+
+
+class DiffusionAdmission(LogitsProcessor, V2LogitsProcessor):
+    """Only its ``validate_params`` is used: vLLM calls it for every request, in the front end.
+
+    vLLM has two loaders for these classes, each asking for its own base class; an instance is never made.
+    """
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Raise ValueError, naming rule, value and remedy, for what a diffusion model cannot do."""
+        for name, neutral, remedy in _UNSUPPORTED:
+            value = getattr(sampling_params, name, None)
+            if value is not None and value not in neutral:
+                raise ValueError(f"{name} is not supported with diffusion language models, got {value!r}; {remedy}")
+        check_request(sampling_params.extra_args, sampling_params.max_tokens)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError(f"{type(self).__name__} checks requests and is never instantiated")
+
+    def is_argmax_invariant(self) -> bool:
+        raise NotImplementedError
+
+    def update_state(self, batch_update: Any) -> None:
+        raise NotImplementedError
+
+    def apply(self, logits: Any) -> Any:
+        raise NotImplementedError

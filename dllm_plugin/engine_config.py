@@ -1,0 +1,141 @@
+"""What vLLM's configuration must be for a diffusion language model: set where unset, refused where it does not fit."""
+
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from dllm_plugin.families import family_of
+from dllm_plugin.params import DiffusionParams, parse_engine_defaults
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm." + __name__)
+
+WORKER = "dllm_plugin.worker.DiffusionWorker"
+SCHEDULER = "dllm_plugin.scheduler.scheduler.DiffusionScheduler"
+ADMISSION = "dllm_plugin.admission:DiffusionAdmission"
+
+
+def engine_defaults(vllm_config: "VllmConfig") -> DiffusionParams:
+    """Decoding parameters of a request that gives none: the family's, then those of ``--additional-config``."""
+    family = family_of(vllm_config.model_config.architecture)
+    settings = vllm_config.additional_config
+    diffusion = settings.get("diffusion", {}) if isinstance(settings, dict) else {}
+    return parse_engine_defaults(diffusion, DiffusionParams(remasking=family.remasking))
+
+
+class DiffusionEngineConfig(VerifyAndUpdateConfig):
+    """Hook of vLLM's MODELS_CONFIG_MAP: runs once for our architectures, before worker and scheduler are chosen."""
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: "VllmConfig") -> None:
+        """Select our scheduler, worker and admission check. Raises ValueError for a setting that does not fit."""
+        refuse_what_does_not_fit(vllm_config)
+        engine_defaults(vllm_config)  # a wrong engine-wide default stops start-up, not the first request
+        fit_token_budget(vllm_config)
+        select_components(vllm_config)
+        resolve_turn_end(vllm_config)
+
+
+def refuse_what_does_not_fit(vllm_config: "VllmConfig") -> None:
+    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    scheduler = vllm_config.scheduler_config
+    refusals = [
+        (
+            vllm_config.speculative_config is not None,
+            "speculative decoding needs left-to-right drafts, and a diffusion model unmasks in any order; "
+            "remove --speculative-config",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1,
+            f"pipeline parallelism is not supported, got pipeline_parallel_size={parallel.pipeline_parallel_size}; "
+            "use --tensor-parallel-size instead",
+        ),
+        (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "context parallelism is not supported; leave --decode-context-parallel-size and "
+            "--prefill-context-parallel-size at 1",
+        ),
+        (
+            cache.cache_dtype != "auto",
+            f"the KV cache keeps the model's dtype, got kv_cache_dtype={cache.cache_dtype!r}; remove --kv-cache-dtype",
+        ),
+        (
+            vllm_config.kv_transfer_config is not None,
+            "KV connectors assume causal attention; remove --kv-transfer-config",
+        ),
+        (
+            vllm_config.lora_config is not None,
+            "LoRA adapters are not supported yet; merge the adapter into the checkpoint and remove --enable-lora",
+        ),
+        (
+            parallel.worker_cls not in ("auto", WORKER),
+            f"{model.architecture} is served by {WORKER}, got worker_cls={parallel.worker_cls!r}; remove --worker-cls",
+        ),
+        (
+            scheduler.scheduler_cls not in (None, SCHEDULER),
+            f"{model.architecture} is scheduled by {SCHEDULER}, got scheduler_cls={scheduler.scheduler_cls!r}; "
+            "remove --scheduler-cls",
+        ),
+        (
+            scheduler.async_scheduling is True,
+            "async scheduling is not supported: a window depends on the step before it; remove --async-scheduling",
+        ),
+    ]
+    for refused, message in refusals:
+        if refused:
+            raise ValueError(f"dllm_plugin: {message}")
+
+
+def fit_token_budget(vllm_config: "VllmConfig") -> None:
+    """Make the token budget of a step hold the longest sequence: a window is never chunked."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    scheduler, max_model_len = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
+    budget = scheduler.max_num_batched_tokens
+    if budget >= max_model_len:
+        return
+    # vLLM does not say whether the user gave the number; its own defaults are raised, anything else is refused
+    world_size = vllm_config.parallel_config.world_size
+    if budget not in EngineArgs.get_batch_defaults(world_size)[0].values():
+        raise ValueError(
+            f"dllm_plugin: max_num_batched_tokens must hold a whole sequence, because every step forwards prompt and "
+            f"canvas together: got {budget} with max_model_len {max_model_len}; raise --max-num-batched-tokens to "
+            f"{max_model_len} or lower --max-model-len"
+        )
+    logger.info("Raising max_num_batched_tokens from its default %d to max_model_len %d.", budget, max_model_len)
+    scheduler.max_num_batched_tokens = max_model_len
+
+
+def select_components(vllm_config: "VllmConfig") -> None:
+    """Set every field explicitly: on CUDA an unset ``async_scheduling`` would become True."""
+    scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
+    vllm_config.parallel_config.worker_cls = WORKER
+    scheduler.scheduler_cls = SCHEDULER
+    scheduler.async_scheduling = False
+    scheduler.enable_chunked_prefill = False
+    scheduler.long_prefill_token_threshold = 0
+    vllm_config.cache_config.enable_prefix_caching = False
+    model.enforce_eager = True
+    model.logits_processors = [*(model.logits_processors or []), ADMISSION]
+    # the reference decoders' temperature, where the checkpoint's generation_config.json names none
+    if model.generation_config != "vllm":
+        temperature = model.try_get_generation_config().get("temperature")
+        if temperature is None:
+            model.override_generation_config.setdefault("temperature", 0.0)
+
+
+def resolve_turn_end(vllm_config: "VllmConfig") -> None:
+    """Put the id of the family's end-of-turn token on the HF config, where every process sees it; -1 if there is none.
+
+    Published configs do not name it; the tokenizer knows it as text.
+    """
+    model = vllm_config.model_config
+    turn_end = getattr(model.hf_config, "eot_token_id", None)
+    if turn_end is None and not model.skip_tokenizer_init:
+        from vllm.tokenizers import cached_tokenizer_from_config
+
+        turn_end = cached_tokenizer_from_config(model).get_vocab().get(family_of(model.architecture).turn_end)
+    model.hf_config.turn_end_token_id = -1 if turn_end is None else turn_end

@@ -1,0 +1,116 @@
+"""HF configs of the families whose published checkpoints carry theirs as remote code.
+
+Both classes are module-level: vLLM sends them between processes by pickle. A structural key that is missing is an
+error, never a default: the defaults of LLaDA's own class are GPT-2's, and would build another model without a word.
+"""
+
+from typing import Any, ClassVar
+
+from transformers import PretrainedConfig
+
+
+class _StrictConfig(PretrainedConfig):
+    """A config whose structural keys must be in config.json, and whose unsupported variants are refused."""
+
+    # to_diff_dict() and repr() would otherwise build an instance without arguments
+    has_no_defaults_at_init = True
+    required_keys: ClassVar[tuple[str, ...]] = ()
+    supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    def __init__(self, **kwargs: Any) -> None:
+        if missing := [key for key in self.required_keys if key not in kwargs]:
+            raise ValueError(
+                f"config.json of this {self.model_type!r} model lacks {', '.join(missing)}; no default can stand in for "
+                "a structural key: take config.json from the published checkpoint"
+            )
+        for key, supported in self.supported_values.items():
+            if key in kwargs and kwargs[key] not in supported:
+                raise ValueError(
+                    f"config.json has {key}={kwargs[key]!r}, and the {self.model_type!r} adapter supports "
+                    f"{' or '.join(map(repr, supported))} only; a checkpoint with another structure needs its own adapter"
+                )
+        super().__init__(**kwargs)
+
+
+class LLaDAConfig(_StrictConfig):
+    """LLaDA (dense): keys as in GSAI-ML/LLaDA-8B-Instruct:config.json, also under the names engines read."""
+
+    model_type = "llada"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "d_model",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "intermediate_size": "mlp_hidden_size",
+        "max_position_embeddings": "max_sequence_length",
+        "tie_word_embeddings": "weight_tying",
+    }
+    required_keys = (
+        "d_model",
+        "n_layers",
+        "n_heads",
+        "n_kv_heads",
+        "mlp_hidden_size",
+        "vocab_size",
+        "embedding_size",
+        "max_sequence_length",
+        "block_type",
+        "layer_norm_type",
+        "activation_type",
+        "rope",
+        "rope_theta",
+        "rms_norm_eps",
+        "weight_tying",
+        "mask_token_id",
+        "eos_token_id",
+    )
+    supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "block_type": ("llama",),
+        "layer_norm_type": ("rms",),
+        "layer_norm_with_affine": (True,),
+        "activation_type": ("silu",),
+        "rope": (True,),
+        "rope_full_precision": (True,),
+        "alibi": (False,),
+        "include_bias": (False,),
+        "include_qkv_bias": (False,),
+        "bias_for_layer_norm": (False, None),
+        "attention_layer_norm": (False,),
+        "input_emb_norm": (False,),
+        "scale_logits": (False,),
+        "multi_query_attention": (False, None),
+    }
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # null in config.json stands for these in the published modeling code
+        if self.n_kv_heads is None:
+            self.n_kv_heads = self.n_heads
+        if self.embedding_size is None:
+            self.embedding_size = self.vocab_size
+
+
+class DreamConfig(_StrictConfig):
+    """Dream, DiffuCoder, Dream-Coder: keys as in Dream-org/Dream-v0-Instruct-7B:config.json."""
+
+    model_type = "Dream"
+    required_keys = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "vocab_size",
+        "max_position_embeddings",
+        "rope_theta",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "mask_token_id",
+        "eos_token_id",
+    )
+    supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "hidden_act": ("silu",),
+        "rope_scaling": (None,),
+        "use_sliding_window": (False, None),
+        "use_mrope": (False, None),
+    }

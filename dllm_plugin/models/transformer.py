@@ -1,0 +1,249 @@
+"""The decoder both families share, over vLLM's parallel layers: pre-norm blocks, gated MLP, bidirectional attention.
+
+What differs between families is a `Shape` and the precision of RoPE; what a checkpoint calls its tensors is a
+`WeightNames`. RMSNorm, RoPE and the gated activation are written out here because vLLM's fused ones round at other
+places than the reference code, and a token is decided by the last bit of a confidence.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.utils import maybe_prefix
+
+from dllm_plugin.attention import DiffusionAttention
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Dimensions of a decoder, and the two numerical choices that differ between families."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+    num_embeddings: int
+    norm_eps: float
+    rope_theta: float
+    qkv_bias: bool
+    tie_embeddings: bool
+    # LLaDA rotates q and k in float32; Dream rounds cos and sin to the activations' dtype first
+    rope_in_float32: bool
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x²) + eps)`` in float32, rounded to the dtype of ``x``, then times the weight (HF Llama order)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rotary_angles(positions: torch.Tensor, head_size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, float32 ``[tokens, 1, head_size]``, both halves alike (NeoX layout)."""
+    exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=positions.device) / head_size
+    angle = positions.float()[:, None] * (1.0 / theta**exponent)
+    angle = torch.cat((angle, angle), dim=-1)[:, None, :]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of ``x [tokens, heads, head_size]`` in the dtype of ``cos``, returned in the dtype of ``x``."""
+    wide = x.to(cos.dtype)
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+class Block(nn.Module):
+    def __init__(self, shape: Shape, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        quant_config = vllm_config.quant_config
+        size, head_size = shape.hidden_size, shape.head_size
+        world_size = get_tensor_model_parallel_world_size()
+        self.head_size = head_size
+        self.num_heads = shape.num_heads // world_size
+        self.num_kv_heads = max(1, shape.num_kv_heads // world_size)
+        self.input_norm = RMSNorm(size, shape.norm_eps)
+        self.qkv_proj = QKVParallelLinear(
+            size,
+            head_size,
+            shape.num_heads,
+            shape.num_kv_heads,
+            bias=shape.qkv_bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.attention = DiffusionAttention(
+            self.num_heads, self.num_kv_heads, head_size, vllm_config, prefix=f"{prefix}.attention"
+        )
+        self.o_proj = RowParallelLinear(
+            size, size, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
+        )
+        self.post_attention_norm = RMSNorm(size, shape.norm_eps)
+        self.gate_up_proj = MergedColumnParallelLinear(
+            size, [shape.intermediate_size] * 2, bias=False, quant_config=quant_config, prefix=f"{prefix}.gate_up_proj"
+        )
+        self.down_proj = RowParallelLinear(
+            shape.intermediate_size, size, bias=False, quant_config=quant_config, prefix=f"{prefix}.down_proj"
+        )
+
+    def forward(self, h: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        h = h + self.attend(self.input_norm(h), cos, sin)
+        return h + self.feed_forward(self.post_attention_norm(h))
+
+    def attend(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        qkv, _ = self.qkv_proj(x)
+        heads = qkv.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_size)
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        out = self.attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.o_proj(out.flatten(1))[0]
+
+    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(x)[0].chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)[0]
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm and head of a bidirectional decoder."""
+
+    def __init__(self, shape: Shape, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        self.shape = shape
+        quant_config = vllm_config.quant_config
+        self.embedding = VocabParallelEmbedding(
+            shape.num_embeddings, shape.hidden_size, quant_config=quant_config, prefix=f"{prefix}.embedding"
+        )
+        self.blocks = nn.ModuleList(
+            Block(shape, vllm_config, prefix=f"{prefix}.blocks.{i}") for i in range(shape.num_layers)
+        )
+        self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
+        if shape.tie_embeddings:
+            self.head = self.embedding
+        else:
+            self.head = ParallelLMHead(
+                shape.num_embeddings, shape.hidden_size, quant_config=quant_config, prefix=f"{prefix}.head"
+            )
+        self.logits_processor = LogitsProcessor(shape.num_embeddings)
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, inputs_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states ``[tokens, hidden_size]`` after the final norm."""
+        h = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        cos, sin = rotary_angles(positions, self.shape.head_size, self.shape.rope_theta)
+        if not self.shape.rope_in_float32:
+            cos, sin = cos.to(h.dtype), sin.to(h.dtype)
+        for block in self.blocks:
+            h = block(h, cos, sin)
+        return self.norm(h)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.logits_processor(self.head, hidden_states)
+
+
+@dataclass(frozen=True)
+class WeightNames:
+    """What a family's checkpoint calls the decoder's modules, as (our module, shard of it) for each of its modules.
+
+    ``layer``: what stands before a block's number. ``in_layer``: modules of a block. ``outside``: all others.
+    """
+
+    layer: str
+    in_layer: dict[str, tuple[str, int | str | None]]
+    outside: dict[str, str]
+
+    def locate(self, name: str) -> tuple[str, int | str | None]:
+        """Our parameter and the shard of it that the checkpoint's tensor ``name`` holds; ("", None) if unknown."""
+        module, _, kind = name.rpartition(".")
+        if match := re.fullmatch(rf"{re.escape(self.layer)}\.(\d+)\.(.+)", module):
+            target, shard = self.in_layer.get(match[2], ("", None))
+            return (f"blocks.{match[1]}.{target}.{kind}", shard) if target else ("", None)
+        return (f"{self.outside[module]}.{kind}", None) if module in self.outside else ("", None)
+
+    def tensors_of(self, num_layers: int) -> Iterable[str]:
+        """Every name `locate` knows, weights and biases alike."""
+        modules = [*self.outside, *(f"{self.layer}.{i}.{leaf}" for i in range(num_layers) for leaf in self.in_layer)]
+        return (f"{module}.{kind}" for module in modules for kind in ("weight", "bias"))
+
+
+class DiffusionLM(nn.Module):
+    """What vLLM asks of a model, for a family given by its tensor ``names`` and the `Shape` its config describes."""
+
+    names: WeightNames
+
+    @staticmethod
+    def shape_of(config: Any) -> Shape:
+        raise NotImplementedError
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.quant_config = vllm_config.quant_config
+        shape = self.shape_of(vllm_config.model_config.hf_config)
+        self.decoder = Decoder(shape, vllm_config, prefix=maybe_prefix(prefix, "decoder"))
+
+    @property
+    def num_embeddings(self) -> int:
+        """Columns of the logits."""
+        return self.decoder.shape.num_embeddings
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.decoder.embedding(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.decoder(input_ids, positions, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.decoder.compute_logits(hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint's tensors; returns the names of the parameters that were loaded.
+
+        Raises ValueError naming the tensor where one is surplus, has the wrong shape, or is missing.
+        """
+        parameters = dict(self.decoder.named_parameters())
+        loaded: set[tuple[str, int | str | None]] = set()
+        for name, tensor in weights:
+            target, shard = self.names.locate(name)
+            if self.decoder.shape.tie_embeddings and target.startswith("head."):
+                continue  # a tied head, stored all the same
+            if target not in parameters:
+                raise ValueError(f"the checkpoint holds a tensor that {type(self).__name__} does not have: {name}")
+            load = getattr(parameters[target], "weight_loader", default_weight_loader)
+            try:
+                load(parameters[target], tensor, *(() if shard is None else (shard,)))
+            except (AssertionError, RuntimeError, ValueError) as error:
+                raise ValueError(f"tensor {name} of shape {tuple(tensor.shape)} does not fit the config") from error
+            loaded.add((target, shard))
+        if self.quant_config is None:  # a quantization method stores its parameters under names of its own
+            expected = {name: self.names.locate(name) for name in self.names.tensors_of(self.decoder.shape.num_layers)}
+            missing = [n for n, place in expected.items() if place[0] in parameters and place not in loaded]
+            if missing:
+                raise ValueError(f"the checkpoint lacks {len(missing)} of its tensors: {', '.join(missing[:8])}")
+        return {f"decoder.{target}" for target, _ in loaded}

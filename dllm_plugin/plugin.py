@@ -1,0 +1,26 @@
+"""What ``register`` does, once its process imports vLLM: configs, architectures, tokenizer, engine-config hook."""
+
+from dllm_plugin.compat import check_vllm_version
+
+
+def register_all() -> None:
+    """Register everything with transformers and vLLM; registering again replaces what is there."""
+    check_vllm_version()
+
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from dllm_plugin.engine_config import DiffusionEngineConfig
+    from dllm_plugin.models import ARCHITECTURES
+    from dllm_plugin.models.configs import DreamConfig, LLaDAConfig
+    from dllm_plugin.models.dream_tokenizer import register_dream_tokenizer
+
+    for config in (DreamConfig, LLaDAConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+    register_dream_tokenizer()
+    for architecture, location in ARCHITECTURES.items():
+        # a string: vLLM imports the class only in the process that runs the model
+        if architecture not in ModelRegistry.get_supported_archs():
+            ModelRegistry.register_model(architecture, location)
+        MODELS_CONFIG_MAP[architecture] = DiffusionEngineConfig

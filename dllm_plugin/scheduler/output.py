@@ -1,0 +1,45 @@
+"""What the scheduler and the workers tell each other beyond vLLM's own messages. They travel by pickle."""
+
+from dataclasses import dataclass, field
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
+
+from dllm_plugin.params import DiffusionParams
+from dllm_plugin.scheduler.window import Window
+
+
+@dataclass(frozen=True, slots=True)
+class Canvas:
+    """A canvas to lay out: ``length`` masks after ``token_ids``, and how they are to be decoded.
+
+    ``token_ids``: prompt and everything final before this canvas. ``num_emitted``: tokens of this canvas that were
+    emitted before a preemption made it begin again. ``seed``: the same on every rank.
+    """
+
+    token_ids: list[int]
+    length: int
+    num_emitted: int
+    params: DiffusionParams
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+
+
+@dataclass
+class DiffusionSchedulerOutput(SchedulerOutput):
+    """One step: the canvases that begin with it, and the window of every scheduled request."""
+
+    canvases: dict[str, Canvas] = field(default_factory=dict)
+    windows: dict[str, Window] = field(default_factory=dict)
+
+
+@dataclass
+class DiffusionModelRunnerOutput(ModelRunnerOutput):
+    """``sampled_token_ids``: the tokens by which each request's final prefix grew; often none.
+
+    ``num_masked``: request id to the number of positions still masked in the block that was active.
+    """
+
+    num_masked: dict[str, int] = field(default_factory=dict)

@@ -1,0 +1,328 @@
+"""One denoising step for a batch of windows: forward, choose tokens, rank positions, unmask."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.utils.mem_utils import DeviceMemoryProfiler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.worker.utils import allocate_kv_cache
+
+from dllm_plugin.attention import DiffusionAttention, WindowBatch
+from dllm_plugin.families import family_of
+from dllm_plugin.kernels import philox
+from dllm_plugin.kernels.confidence import Confidence, confidence
+from dllm_plugin.kernels.filter import filter_top_k_top_p
+from dllm_plugin.kernels.unmask import Unmasked, unmask
+from dllm_plugin.params import REMASKING_POLICIES
+from dllm_plugin.scheduler.output import Canvas, DiffusionModelRunnerOutput, DiffusionSchedulerOutput
+from dllm_plugin.worker.batch import StepBatch, build_batch
+from dllm_plugin.worker.canvas import CanvasStore
+
+# Rows of logits are computed in chunks of about this size, whatever the batch asks for.
+LOGITS_CHUNK_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What the requests of a step ask of the choice between them; what none asks for is not computed."""
+
+    policies: tuple[str, ...]
+    sampling: bool
+    filters: bool
+    suppression: bool
+    random_order: bool
+
+    @classmethod
+    def of(cls, canvases: Iterable[Canvas]) -> "Needs":
+        canvases = list(canvases)
+        return cls(
+            policies=tuple({canvas.params.remasking: None for canvas in canvases}),
+            sampling=any(canvas.temperature > 0 for canvas in canvases),
+            filters=any(canvas.top_k > 0 or canvas.top_p < 1 for canvas in canvases),
+            suppression=any(canvas.params.eos_suppression != "none" for canvas in canvases),
+            random_order=any(canvas.params.alg_temp > 0 for canvas in canvases),
+        )
+
+    @property
+    def noise(self) -> bool:
+        return self.sampling or "random" in self.policies or "origin" in self.policies
+
+
+class DiffusionModelRunner:
+    """Runs the model on the scheduler's windows and keeps the canvases. The same code on CPU and CUDA."""
+
+    is_pooling_model = False
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        self.vllm_config = vllm_config
+        self.model_config = vllm_config.model_config
+        self.load_config = vllm_config.load_config
+        self.lora_config = vllm_config.lora_config
+        self.device = device
+        self.model: nn.Module
+        self.model_memory_usage = 0
+        self.kv_caches: list[torch.Tensor] = []
+        self.num_forward_passes = 0
+        config = self.model_config.hf_config
+        self.shift = int(family_of(self.model_config.architecture).shifted)
+        self.state = CanvasStore(
+            mask_token_id=config.mask_token_id,
+            eos_token_id=config.eos_token_id,
+            turn_end_token_id=config.turn_end_token_id,
+            device=device,
+        )
+
+    # ---- one denoising step
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: SchedulerOutput, intermediate_tensors: Any = None) -> ModelRunnerOutput:
+        """Run the scheduler's windows; returns the tokens that became final and how much is left masked."""
+        assert isinstance(scheduler_output, DiffusionSchedulerOutput)
+        self.update_canvases(scheduler_output)
+        if not scheduler_output.windows:
+            return EMPTY_MODEL_RUNNER_OUTPUT
+        batch = build_batch(scheduler_output.windows, self.state, self.shift)
+        hidden_states = self.forward(batch)
+        token, ranking = self.choose(hidden_states, batch)
+        unmasked = self.unmask(batch, token, ranking)
+        return self.collect(batch, unmasked)
+
+    def update_canvases(self, scheduler_output: DiffusionSchedulerOutput) -> None:
+        for request_id in scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set()):
+            self.state.free(request_id)
+        for request_id, canvas in scheduler_output.canvases.items():
+            self.state.begin(request_id, canvas)
+
+    def forward(self, batch: StepBatch) -> torch.Tensor:
+        """Hidden states ``[tokens, hidden_size]``."""
+        self.num_forward_passes += 1
+        with set_forward_context(batch.window_batch, self.vllm_config, num_tokens=len(batch.input_ids)):
+            return self.model(batch.input_ids, batch.positions)
+
+    def choose(self, hidden_states: torch.Tensor, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token of every row, and the confidence its position is ranked by: ``[rows]`` each."""
+        canvases = [self.state.canvases[request_id] for request_id in batch.request_ids]
+        needs = Needs.of(canvases)
+        num_rows = len(batch.row_token)
+        chunk = max(1, LOGITS_CHUNK_BYTES // (self.model.num_embeddings * hidden_states.element_size()))
+        parts = []
+        for first in range(0, num_rows, chunk):
+            rows = slice(first, min(first + chunk, num_rows))
+            logits = self.logits_of(hidden_states, batch, rows)
+            parts.append(self.rank(logits, batch, rows, needs))
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([token for token, _ in parts]), torch.cat([ranking for _, ranking in parts])
+
+    def logits_of(self, hidden_states: torch.Tensor, batch: StepBatch, rows: slice) -> torch.Tensor:
+        """Logits of some rows; guided ones are moved away from the logits that do not see the prompt.
+
+        ``u + (scale + 1)(c - u)``, in the model's dtype (ML-GSAI/LLaDA:generate.py).
+        """
+        logits = self.model.compute_logits(hidden_states[batch.row_token[rows]])
+        if batch.guided_rows is not None:
+            here = (batch.guided_rows >= rows.start) & (batch.guided_rows < rows.stop)
+            guided = batch.guided_rows[here] - rows.start
+            unconditional = self.model.compute_logits(hidden_states[batch.guided_token[here]])
+            scale = self.state.guidance[batch.slots[batch.row_request[rows][guided]]][:, None].to(logits.dtype)
+            logits[guided] = unconditional + (scale + 1) * (logits[guided] - unconditional)
+        return logits
+
+    def rank(
+        self, logits: torch.Tensor, batch: StepBatch, rows: slice, needs: Needs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token and ranking confidence of some rows, each by its own request's parameters."""
+        state, request, position = self.state, batch.row_request[rows], batch.row_position[rows]
+        slot = batch.slots[request]
+        no_choice = state.no_choice[slot] if needs.suppression else state.no_choice[slot, :1]
+        temperature = state.temperature[slot] if needs.sampling else None
+        seed, step = (state.seed[slot], batch.step[request]) if needs.noise else (None, None)
+        if needs.filters:
+            logits, temperature = self.filter(logits, slot, temperature, no_choice)
+        statistics = confidence(
+            logits,
+            no_choice=no_choice,
+            no_mass=state.no_mass[slot] if needs.suppression else None,
+            temperature=temperature,
+            tempered=state.tempered[slot] if needs.sampling else None,
+            seed=seed if needs.sampling else None,
+            position=position if needs.sampling else None,
+            step=step if needs.sampling else None,
+            margin="topk_margin" in needs.policies,
+            entropy="entropy" in needs.policies,
+        )
+        rankings = {}
+        for policy in needs.policies:
+            if policy in ("random", "origin"):
+                rankings[policy] = philox.uniform(seed, position, step, stream=philox.UNIFORM)
+            else:
+                rankings[policy] = ranking_confidence(policy, statistics)
+        first, *others = needs.policies
+        ranking = rankings[first]
+        for policy in others:
+            ranking = torch.where(state.policy[slot] == REMASKING_POLICIES.index(policy), rankings[policy], ranking)
+        return statistics.token, ranking
+
+    def filter(
+        self, logits: torch.Tensor, slot: torch.Tensor, temperature: torch.Tensor | None, no_choice: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits with top-k and top-p applied in the rows that ask for it, and the temperature left to be applied."""
+        top_k, top_p = self.state.top_k[slot], self.state.top_p[slot]
+        rows = ((top_k > 0) | (top_p < 1)).nonzero().squeeze(1)
+        if len(rows) == 0:
+            return logits, temperature
+        logits = logits.float()
+        logits[rows] = filter_top_k_top_p(
+            logits[rows], self.state.temperature[slot[rows]], top_k[rows], top_p[rows], no_choice=no_choice[rows]
+        )
+        if temperature is not None:
+            temperature[rows] = temperature[rows].sign()
+        return logits, temperature
+
+    def unmask(self, batch: StepBatch, token: torch.Tensor, ranking: torch.Tensor) -> Unmasked:
+        """Write the tokens of the best-ranked rows into their canvases."""
+        state = self.state
+        random_order = any(state.canvases[request_id].params.alg_temp > 0 for request_id in batch.request_ids)
+        return unmask(
+            state.tokens,
+            state.masked,
+            slot=batch.slots,
+            segment_start_loc=batch.row_start_loc,
+            row_position=batch.row_position,
+            token=token,
+            confidence=ranking,
+            quota=batch.quota,
+            threshold=batch.threshold,
+            alg_temp=state.alg_temp[batch.slots] if random_order else None,
+            seed=state.seed[batch.slots] if random_order else None,
+            step=batch.step if random_order else None,
+            final_prefix=batch.final_prefix,
+            eos_token_id=torch.full_like(batch.final_prefix, -1),  # vLLM's scheduler looks for the end of a response
+        )
+
+    def collect(self, batch: StepBatch, unmasked: Unmasked) -> DiffusionModelRunnerOutput:
+        """Read what the host needs in one copy: masks left, and the tokens by which each final prefix grew."""
+        num_requests, length = len(batch.request_ids), self.state.tokens.shape[1]
+        column = batch.final_prefix[:, None] + torch.arange(batch.max_emitted, device=self.device)
+        tail = self.state.tokens[batch.slots[:, None], column.clamp_(max=length - 1)]
+        numbers = torch.cat((unmasked.remaining, unmasked.final_prefix, tail.flatten())).tolist()
+        remaining, final_prefix = numbers[:num_requests], numbers[num_requests : 2 * num_requests]
+        new_tokens = []
+        for i, request_id in enumerate(batch.request_ids):
+            first = 2 * num_requests + i * batch.max_emitted
+            num_new = max(0, final_prefix[i] - self.state.final_prefix[request_id])
+            new_tokens.append(numbers[first : first + num_new])
+            self.state.final_prefix[request_id] += num_new
+        return DiffusionModelRunnerOutput(
+            req_ids=batch.request_ids,
+            req_id_to_index={request_id: i for i, request_id in enumerate(batch.request_ids)},
+            sampled_token_ids=new_tokens,
+            num_masked=dict(zip(batch.request_ids, remaining, strict=True)),
+        )
+
+    # ---- what vLLM's workers ask of a model runner
+
+    def load_model(self, load_dummy_weights: bool = False) -> None:
+        if load_dummy_weights:
+            self.load_config.load_format = "dummy"
+        with DeviceMemoryProfiler(self.device) as memory:
+            loader = get_model_loader(self.load_config)
+            self.model = loader.load_model(vllm_config=self.vllm_config, model_config=self.model_config)
+        self.model_memory_usage = memory.consumed_memory
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        get_model_loader(self.load_config).load_weights(self.model, model_config=self.model_config)
+
+    def get_model(self) -> nn.Module:
+        return self.model
+
+    @property
+    def attention_layers(self) -> dict[str, DiffusionAttention]:
+        layers = self.vllm_config.compilation_config.static_forward_context
+        return {name: layer for name, layer in layers.items() if isinstance(layer, DiffusionAttention)}
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        return {name: layer.get_kv_cache_spec(self.vllm_config) for name, layer in self.attention_layers.items()}
+
+    def initialize_kv_cache(
+        self,
+        kv_cache_config: KVCacheConfig,
+        is_profiling: bool = False,
+        kv_cache_allocation_context: AbstractContextManager[Any] | None = None,
+    ) -> None:
+        layout = self.vllm_config.cache_config.get_resolved_kv_cache_layout()
+        with kv_cache_allocation_context or nullcontext():
+            caches = allocate_kv_cache(kv_cache_config, self.device, layout)
+        for name, layer in self.attention_layers.items():
+            layer.bind_kv_cache(caches[name])
+        self.kv_caches = list(caches.values())
+
+    @torch.inference_mode()
+    def profile_run(self, randomize_inputs: bool = False) -> None:
+        """The largest step: a full token budget, and one chunk of logits."""
+        num_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
+        length = min(num_tokens, self.model_config.max_model_len)
+        query_start_loc = [*range(0, num_tokens, length), num_tokens]
+        windows = WindowBatch(
+            query_start_loc=torch.tensor(query_start_loc, dtype=torch.int32, device=self.device),
+            query_start_loc_cpu=query_start_loc,
+            max_query_len=length,
+        )
+        input_ids = torch.full((num_tokens,), self.state.mask_token_id, dtype=torch.int32, device=self.device)
+        positions = torch.arange(num_tokens, device=self.device) % length
+        with set_forward_context(windows, self.vllm_config, num_tokens=num_tokens):
+            hidden_states = self.model(input_ids, positions)
+        chunk = max(1, LOGITS_CHUNK_BYTES // (self.model.num_embeddings * hidden_states.element_size()))
+        confidence(self.model.compute_logits(hidden_states[:chunk]), margin=True, entropy=True)
+
+    def sample_tokens(self, grammar_output: Any) -> None:
+        raise RuntimeError("execute_model of a diffusion model returns its output itself")
+
+    def get_supported_tasks(self) -> tuple[str, ...]:
+        return ("generate",)
+
+    def update_max_model_len(self, max_model_len: int) -> None:
+        self.model_config.max_model_len = max_model_len
+
+    def list_loras(self) -> set[int]:
+        return set()
+
+    def take_draft_token_ids(self) -> None:
+        return None
+
+    def get_draft_model(self) -> None:
+        return None
+
+    def get_encoder_timing_stats(self) -> dict[str, Any]:
+        return {}
+
+    def reset_mm_cache(self) -> None: ...
+
+    def reset_encoder_cache(self) -> None: ...
+
+    def reset_lora_state(self) -> None: ...
+
+    def maybe_remove_all_loras(self, lora_config: Any) -> None: ...
+
+    def shutdown(self) -> None:
+        self.kv_caches = []
+        for layer in self.attention_layers.values():
+            layer.bind_kv_cache(torch.empty(0))
+
+
+def ranking_confidence(policy: str, statistics: Confidence) -> torch.Tensor:
+    """What a policy ranks positions by, highest first."""
+    if policy == "topk_margin":
+        return statistics.margin
+    if policy == "entropy":
+        return -statistics.entropy
+    return statistics.probability
