@@ -27,6 +27,7 @@ class CanvasStore:
         self.canvases: dict[str, Canvas] = {}
         self.slot_of: dict[str, int] = {}
         self.final_prefix: dict[str, int] = {}
+        self.guided_from: dict[str, int] = {}  # where the canvas begins, of requests with guidance
         self._free: list[int] = []
         self.tokens = torch.empty((0, _MIN_LENGTH), dtype=torch.int32, device=device)
         self.masked = torch.empty((0, _MIN_LENGTH), dtype=torch.bool, device=device)
@@ -59,12 +60,15 @@ class CanvasStore:
         self.masked[slot, start:] = True
         self.canvases[request_id] = canvas
         self.final_prefix[request_id] = start + canvas.num_emitted
+        if canvas.params.cfg_scale > 0:
+            self.guided_from[request_id] = start
         self._set_decoding(slot, canvas)
 
     def free(self, request_id: str) -> None:
         """Give the request's slot back; a request without one is left alone."""
         if (slot := self.slot_of.pop(request_id, None)) is not None:
             del self.canvases[request_id], self.final_prefix[request_id]
+            self.guided_from.pop(request_id, None)
             self._free.append(slot)
 
     def _set_decoding(self, slot: int, canvas: Canvas) -> None:

@@ -24,7 +24,7 @@ from dllm_plugin.kernels.filter import filter_top_k_top_p
 from dllm_plugin.kernels.unmask import Unmasked, unmask
 from dllm_plugin.params import REMASKING_POLICIES
 from dllm_plugin.scheduler.output import Canvas, DiffusionModelRunnerOutput, DiffusionSchedulerOutput
-from dllm_plugin.worker.batch import StepBatch, build_batch
+from dllm_plugin.worker.batch import BatchBuilder, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
 
 # Rows of logits are computed in chunks of about this size, whatever the batch asks for.
@@ -73,13 +73,13 @@ class DiffusionModelRunner:
         self.kv_caches: list[torch.Tensor] = []
         self.num_forward_passes = 0
         config = self.model_config.hf_config
-        self.shift = int(family_of(self.model_config.architecture).shifted)
         self.state = CanvasStore(
             mask_token_id=config.mask_token_id,
             eos_token_id=config.eos_token_id,
             turn_end_token_id=config.turn_end_token_id,
             device=device,
         )
+        self.batches = BatchBuilder(self.state, shift=int(family_of(self.model_config.architecture).shifted))
 
     # ---- one denoising step
 
@@ -90,7 +90,7 @@ class DiffusionModelRunner:
         self.update_canvases(scheduler_output)
         if not scheduler_output.windows:
             return EMPTY_MODEL_RUNNER_OUTPUT
-        batch = build_batch(scheduler_output.windows, self.state, self.shift)
+        batch = self.batches.build(scheduler_output.windows)
         hidden_states = self.forward(batch)
         token, ranking = self.choose(hidden_states, batch)
         unmasked = self.unmask(batch, token, ranking)
@@ -105,8 +105,8 @@ class DiffusionModelRunner:
     def forward(self, batch: StepBatch) -> torch.Tensor:
         """Hidden states ``[tokens, hidden_size]``."""
         self.num_forward_passes += 1
-        with set_forward_context(batch.window_batch, self.vllm_config, num_tokens=len(batch.input_ids)):
-            return self.model(batch.input_ids, batch.positions)
+        with set_forward_context(batch.layout.windows, self.vllm_config, num_tokens=len(batch.input_ids)):
+            return self.model(batch.input_ids, batch.layout.positions)
 
     def choose(self, hidden_states: torch.Tensor, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Token of every row, and the confidence its position is ranked by: ``[rows]`` each."""
@@ -128,13 +128,13 @@ class DiffusionModelRunner:
 
         ``u + (scale + 1)(c - u)``, in the model's dtype (ML-GSAI/LLaDA:generate.py).
         """
-        logits = self.model.compute_logits(hidden_states[batch.row_token[rows]])
-        if batch.guided_rows is not None:
-            here = (batch.guided_rows >= rows.start) & (batch.guided_rows < rows.stop)
-            guided = batch.guided_rows[here] - rows.start
-            unconditional = self.model.compute_logits(hidden_states[batch.guided_token[here]])
-            scale = self.state.guidance[batch.slots[batch.row_request[rows][guided]]][:, None].to(logits.dtype)
-            logits[guided] = unconditional + (scale + 1) * (logits[guided] - unconditional)
+        source, request = batch.row_token[rows], batch.row_request[rows]
+        logits = self.model.compute_logits(hidden_states[source])
+        if (guidance := batch.layout.guidance) is not None:
+            unconditional = self.model.compute_logits(hidden_states[source + guidance.distance[request]])
+            scale = self.state.guidance[batch.slots[request]][:, None].to(logits.dtype)
+            guided = unconditional + (scale + 1) * (logits - unconditional)
+            logits = torch.where(guidance.guided[request][:, None], guided, logits)
         return logits
 
     def rank(
