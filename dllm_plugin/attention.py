@@ -11,21 +11,51 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
-from dllm_plugin.kernels.window_attention import full_attention
+from dllm_plugin.kernels.store_kv import split_kv_cache, store_kv
+from dllm_plugin.kernels.window_attention import full_attention, window_attention
+
+
+@dataclass(frozen=True, slots=True)
+class FullWindows:
+    """Windows that hold every key their queries see: no page is read. ``_cpu``: the same on the host."""
+
+    query_start_loc: torch.Tensor  # [windows + 1] int32
+    query_start_loc_cpu: list[int]
+    max_query_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class PagedWindows:
+    """Windows that read keys of earlier steps, or see them block by block; the contract is `window_attention`'s."""
+
+    query_start_loc: torch.Tensor  # [windows + 1] int32, and so are the rest, [windows]
+    window_start: torch.Tensor
+    visible: torch.Tensor
+    prefix_len: torch.Tensor
+    block_length: torch.Tensor
+    block_table: torch.Tensor  # [windows, pages] int32
+    max_query_len: int
+    max_visible: int
+    query_start_loc_cpu: list[int]
+    window_start_cpu: list[int]
+    visible_cpu: list[int]
+    prefix_len_cpu: list[int]
+    block_length_cpu: list[int]
 
 
 @dataclass(frozen=True, slots=True)
 class WindowBatch:
-    """The windows of one step, ragged: tokens of window i are ``query_start_loc[i]`` to ``query_start_loc[i + 1]``.
+    """The windows of one step, ragged and end to end: full ones up to token ``num_full_tokens``, then paged ones.
 
-    Every window covers all it can see (cache mode ``none``), so keys and values are the step's own and no page of the
-    KV cache is read or written. ``query_start_loc``: int32 ``[windows + 1]`` on the device; ``_cpu`` the same on the
-    host.
+    Tokens from ``first_stored`` on write their keys and values to ``slot_mapping`` ``[tokens - first_stored]`` int64,
+    in each layer before its attention, so that a window sees all of its own.
     """
 
-    query_start_loc: torch.Tensor
-    query_start_loc_cpu: list[int]
-    max_query_len: int
+    num_full_tokens: int
+    full: FullWindows | None
+    paged: PagedWindows | None = None
+    first_stored: int = 0
+    slot_mapping: torch.Tensor | None = None
 
 
 class DiffusionAttentionBackend(AttentionBackend):
@@ -53,7 +83,7 @@ class DiffusionAttentionBackend(AttentionBackend):
 
 
 class DiffusionAttention(nn.Module, AttentionLayerBase):
-    """Attention in which every query of a window sees every key the window's request makes visible.
+    """Attention in which a query sees what its window makes visible, before and behind it.
 
     It registers itself under ``prefix`` in vLLM's forward context, which gives it pages of the KV cache.
     """
@@ -73,16 +103,63 @@ class DiffusionAttention(nn.Module, AttentionLayerBase):
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Output ``[tokens, num_heads, head_size]`` for rotated query, key and value of the same ragged layout."""
-        batch = get_forward_context().attn_metadata
+        batch: WindowBatch = get_forward_context().attn_metadata
+        if batch.slot_mapping is not None:
+            stored = slice(batch.first_stored, None)
+            store_kv(key[stored], value[stored], self.key_cache, self.value_cache, batch.slot_mapping)
+        if batch.paged is None:
+            return self.attend_full(query, key, value, batch.full)
+        out = torch.empty_like(query)
+        num_full = batch.num_full_tokens
+        if batch.full is not None:
+            self.attend_full(query[:num_full], key[:num_full], value[:num_full], batch.full, out[:num_full])
+        self.attend_paged(query[num_full:], batch.paged, out[num_full:])
+        return out
+
+    def attend_full(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        windows: FullWindows,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return full_attention(
             query,
             key,
             value,
-            query_start_loc=batch.query_start_loc,
-            query_start_loc_cpu=batch.query_start_loc_cpu,
-            max_query_len=batch.max_query_len,
+            query_start_loc=windows.query_start_loc,
+            query_start_loc_cpu=windows.query_start_loc_cpu,
+            max_query_len=windows.max_query_len,
             scale=self.scale,
+            out=out,
         )
+
+    def attend_paged(self, query: torch.Tensor, windows: PagedWindows, out: torch.Tensor) -> torch.Tensor:
+        return window_attention(
+            query,
+            self.key_cache,
+            self.value_cache,
+            query_start_loc=windows.query_start_loc,
+            window_start=windows.window_start,
+            visible=windows.visible,
+            prefix_len=windows.prefix_len,
+            block_length=windows.block_length,
+            block_table=windows.block_table,
+            max_query_len=windows.max_query_len,
+            max_visible=windows.max_visible,
+            scale=self.scale,
+            out=out,
+            query_start_loc_cpu=windows.query_start_loc_cpu,
+            window_start_cpu=windows.window_start_cpu,
+            visible_cpu=windows.visible_cpu,
+            prefix_len_cpu=windows.prefix_len_cpu,
+            block_length_cpu=windows.block_length_cpu,
+        )
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        """Take this layer's pages, logically ``[pages, num_kv_heads, page_size, 2 * head_size]`` in vLLM."""
+        self.key_cache, self.value_cache = split_kv_cache(kv_cache, self.head_size)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return DiffusionAttentionBackend

@@ -6,7 +6,7 @@ engine-wide default is given without the prefix, ``--additional-config '{"diffus
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,78 +14,135 @@ PREFIX = "diffusion_"
 
 # A policy names the algorithm of the public decoder it comes from: its schedule, how tokens are drawn and how
 # positions are ranked. Any policy runs on any family.
-LLADA_POLICIES = ("low_confidence", "random")  # ML-GSAI/LLaDA:generate.py
+LLADA_POLICIES = ("low_confidence", "random", "sequential")  # ML-GSAI/LLaDA:generate.py; the last is ours
 DREAM_POLICIES = ("origin", "maskgit_plus", "topk_margin", "entropy")  # Dream's generation_utils.py
 REMASKING_POLICIES = LLADA_POLICIES + DREAM_POLICIES
+# those that rank by the token's probability, which is what a threshold is about
+PROBABILITY_POLICIES = ("low_confidence", "maskgit_plus")
 EOS_SUPPRESSIONS = ("none", "logits", "confidence")
-CACHE_MODES = ("none",)
-
-DEFAULT_CANVAS_LENGTH = 1024
+CACHE_MODES = ("none", "prefix", "dual")
+STRATEGIES = ("full", "d2f")
+HOLE = -1
 
 
 @dataclass(frozen=True, slots=True)
 class DiffusionParams:
-    """Decoding parameters of one request. ``None`` means: derived from the canvas.
-
-    steps: denoising steps for a canvas (default: one a canvas position). block_length: the canvas is unmasked block
-    after block of this many positions (default: the whole canvas is one block). canvas_length: masked positions laid
-    out at once; a longer answer goes on in a further canvas. remasking: which masked positions keep their token in a
-    step. alg_temp: Dream's temperature of that choice, 0 takes the best. eps: Dream's smallest time. cfg_scale:
-    LLaDA's classifier-free guidance, 0 is off. eos_suppression: LLaDA's logits_eos_inf and confidence_eos_eot_inf.
-    cache: what of the KV cache is reused between steps.
-    """
+    """Decoding parameters of one request; `DESCRIPTIONS` says what each does. None: off, or derived from the canvas."""
 
     steps: int | None = None
     block_length: int | None = None
-    canvas_length: int = DEFAULT_CANVAS_LENGTH
+    canvas_length: int = 1024
     remasking: str = "low_confidence"
+    threshold: float | None = None
+    factor: float | None = None
     alg_temp: float = 0.0
     eps: float = 1e-3
     cfg_scale: float = 0.0
     eos_suppression: str = "none"
+    max_steps: int | None = None
     cache: str = "none"
+    cache_refresh: int = 0
+    strategy: str = "full"
+    d2f_add_threshold: float = 0.1
+    d2f_complete_threshold: float = 0.95
+    d2f_accept_threshold: float = 0.9
+    d2f_max_blocks: int = 0
+    suffix: str | tuple[int, ...] = ()
+    template: tuple[int, ...] = ()
+
+
+DESCRIPTIONS: dict[str, str] = {
+    "steps": "denoising steps of a canvas; default: one a position; raised to one a block. Unused with a threshold",
+    "block_length": "the canvas is unmasked block after block of this many positions; default: all one block, 32 for d2f",
+    "canvas_length": "masked positions laid out at once, at most max_tokens; a longer answer goes on in a further canvas",
+    "remasking": "how positions are ranked, and whose algorithm that is; default: low_confidence, for Dream origin",
+    "threshold": "unmask every position whose probability is above it, at least one a step",
+    "factor": "unmask the k most probable positions while p_k >= 1 - factor / (k + 1), at least one a step",
+    "alg_temp": "temperature of the order in which positions are taken; 0 takes the best",
+    "eps": "smallest time of Dream's schedule",
+    "cfg_scale": "classifier-free guidance; 0 is off. Each step then forwards a second, prompt-less copy",
+    "eos_suppression": "logits: EOS is never chosen. confidence: EOS and end of turn are taken last",
+    "max_steps": "forward passes of a request at most; the last one unmasks all that is left",
+    "cache": "prefix, dual: only forward the block and what follows, or the block alone, between refreshes (Fast-dLLM)",
+    "cache_refresh": "also forward everything every this many steps of a block; 0: at its first step only",
+    "strategy": "d2f: pipelined blocks under block-causal attention with an exact cache, for D2F checkpoints",
+    "d2f_add_threshold": "the next block is opened when this share of the last one is unmasked",
+    "d2f_complete_threshold": "a block must progress every step once this share of the one before it is unmasked",
+    "d2f_accept_threshold": "probability above which a token is taken",
+    "d2f_max_blocks": "blocks that may be open at once; 0: any number",
+    "suffix": "text or token ids that stand after the canvas",
+    "template": "token ids of the canvas; -1 is a hole, everything else is pinned",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """Type and range of one parameter; ``choices`` for a name, otherwise bounds (``low`` inclusive)."""
+    """Type and range of one parameter; ``choices`` for a name, otherwise bounds."""
 
     kind: type
     low: float = 0.0
     high: float = math.inf
     choices: tuple[str, ...] = ()
+    low_excluded: bool = False
     high_excluded: bool = False
 
     def __str__(self) -> str:
         if self.choices:
             return "one of " + ", ".join(repr(choice) for choice in self.choices)
+        if self.kind is list:
+            return f"a list of integers of at least {self.low:g}, not empty"
+        if self.kind is str:
+            return "a text or a list of token ids, not empty"
         kind = "an integer" if self.kind is int else "a finite number"
         if math.isinf(self.high):
-            return f"{kind} of at least {self.low:g}"
-        return f"{kind} in [{self.low:g}, {self.high:g}{')' if self.high_excluded else ']'}"
+            return f"{kind} {'greater than' if self.low_excluded else 'of at least'} {self.low:g}"
+        return f"{kind} in {'(' if self.low_excluded else '['}{self.low:g}, {self.high:g}{')' if self.high_excluded else ']'}"
 
     def accepts(self, value: Any) -> bool:
         if self.choices:
             return isinstance(value, str) and value in self.choices
-        # bool is an int to Python, and True is not a number of steps
-        if isinstance(value, bool) or not isinstance(value, int if self.kind is int else (int, float)):
+        if self.kind is str and isinstance(value, str):
+            return value != ""
+        if self.kind in (str, list):
+            items = value if isinstance(value, (list, tuple)) else ()
+            return len(items) > 0 and all(_is_number(item, int) and item >= self.low for item in items)
+        if not _is_number(value, self.kind):
             return False
-        within = self.low <= value < self.high if self.high_excluded else self.low <= value <= self.high
-        return math.isfinite(value) and within
+        above = value > self.low if self.low_excluded else value >= self.low
+        return above and (value < self.high if self.high_excluded else value <= self.high)
 
 
+def _is_number(value: Any, kind: type) -> bool:
+    # bool is an int to Python, and True is not a number of steps
+    wanted = int if kind is int else (int, float)
+    return isinstance(value, wanted) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_COUNT = _Rule(int, 1, 1_000_000)
+_SHARE = _Rule(float, 0.0, 1.0)
 RULES: dict[str, _Rule] = {
-    "steps": _Rule(int, 1, 1_000_000),
-    "block_length": _Rule(int, 1, 1_000_000),
-    "canvas_length": _Rule(int, 1, 1_000_000),
+    "steps": _COUNT,
+    "block_length": _COUNT,
+    "canvas_length": _COUNT,
     "remasking": _Rule(str, choices=REMASKING_POLICIES),
+    "threshold": _SHARE,
+    "factor": _Rule(float, 0.0, low_excluded=True),
     "alg_temp": _Rule(float, 0.0),
     "eps": _Rule(float, 0.0, 1.0, high_excluded=True),
     "cfg_scale": _Rule(float, 0.0),
     "eos_suppression": _Rule(str, choices=EOS_SUPPRESSIONS),
+    "max_steps": _COUNT,
     "cache": _Rule(str, choices=CACHE_MODES),
+    "cache_refresh": _Rule(int, 0, 1_000_000),
+    "strategy": _Rule(str, choices=STRATEGIES),
+    "d2f_add_threshold": _SHARE,
+    "d2f_complete_threshold": _SHARE,
+    "d2f_accept_threshold": _SHARE,
+    "d2f_max_blocks": _Rule(int, 0, 1_000_000),
+    "suffix": _Rule(str, 0),
+    "template": _Rule(list, HOLE),
 }
-assert set(RULES) == {field.name for field in fields(DiffusionParams)}
+assert list(RULES) == list(DESCRIPTIONS) == [field.name for field in fields(DiffusionParams)]
 
 
 def parse_engine_defaults(settings: Any, base: DiffusionParams) -> DiffusionParams:
@@ -97,15 +154,43 @@ def parse_engine_defaults(settings: Any, base: DiffusionParams) -> DiffusionPara
         if name not in RULES:
             raise ValueError(f"{where} has an unknown parameter {name!r}{_nearest(name, RULES)}")
         _check(f"{where} {name}", name, value)
-    return replace(base, **settings)
+    _check_combination(settings, label=f"{where} ")
+    return _settle(_replace(base, settings), settings)
 
 
 def parse_request(extra_args: Mapping[str, Any] | None, defaults: DiffusionParams) -> DiffusionParams:
     """The parameters of a request: ``defaults`` with its ``diffusion_*`` extras applied.
 
-    Extras that belong to someone else are left alone; one that is meant for us but is not known, or has a wrong type
-    or value, raises ValueError.
+    A default that contradicts an extra gives way to it. Raises ValueError for a wrong extra.
     """
+    given = _given(extra_args)
+    return _settle(_replace(defaults, given), given)
+
+
+def check_request(extra_args: Mapping[str, Any] | None, max_tokens: int | None) -> None:
+    """Raise ValueError where a request's extras are wrong in themselves or cannot hold together."""
+    given = _given(extra_args)
+    _check_combination(given, label=PREFIX)
+    params = _replace(DiffusionParams(), given)
+    if params.template and max_tokens is not None and len(params.template) > max_tokens:
+        raise ValueError(
+            f"max_tokens must hold the whole diffusion_template, which has {len(params.template)} positions, got "
+            f"{max_tokens}; raise max_tokens"
+        )
+    if params.steps is None or params.block_length is None:
+        return
+    canvas = len(params.template) or min(params.canvas_length, max_tokens or params.canvas_length)
+    blocks = math.ceil(canvas / params.block_length)
+    if params.steps < blocks and params.threshold is None and params.factor is None and params.strategy == "full":
+        raise ValueError(
+            f"diffusion_steps must be at least the number of blocks, one step a block: {params.steps} steps cannot "
+            f"unmask {blocks} blocks of {params.block_length} positions (canvas of {canvas}); raise diffusion_steps "
+            f"to {blocks} or diffusion_block_length to {math.ceil(canvas / params.steps)}"
+        )
+
+
+def _given(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The extras meant for us, without prefix. Extras that are someone else's are left alone."""
     given: dict[str, Any] = {}
     for key, value in (extra_args or {}).items():
         name = key.removeprefix(PREFIX)
@@ -114,26 +199,67 @@ def parse_request(extra_args: Mapping[str, Any] | None, defaults: DiffusionParam
             given[name] = value
         elif key.lower().startswith("diffusion") or name in RULES or _nearest(key, _keys(), cutoff=0.8):
             raise ValueError(f"unknown diffusion parameter {key!r}{_nearest(key, _keys())}; known: {', '.join(_keys())}")
-    return replace(defaults, **given)
+    return given
 
 
-def check_request(extra_args: Mapping[str, Any] | None, max_tokens: int | None) -> None:
-    """Raise ValueError where a request's extras are wrong in themselves or cannot hold together.
+def _check_combination(given: Mapping[str, Any], label: str) -> None:
+    """Raise ValueError where two settings of one source contradict each other."""
 
-    Only what the request says itself is checked against each other; an engine-wide default gives way to it.
-    """
-    nothing = DiffusionParams()
-    params = parse_request(extra_args, nothing)
-    if params.steps is None or params.block_length is None:
-        return
-    canvas = min(params.canvas_length, max_tokens or params.canvas_length)
-    blocks = math.ceil(canvas / params.block_length)
-    if params.steps < blocks:
+    def refuse(first: str, second: str, reason: str) -> None:
         raise ValueError(
-            f"diffusion_steps must be at least the number of blocks, one step a block: {params.steps} steps cannot "
-            f"unmask {blocks} blocks of {params.block_length} positions (canvas of {canvas}); raise diffusion_steps "
-            f"to {blocks} or diffusion_block_length to {math.ceil(canvas / params.steps)}"
+            f"{label}{first}={given[first]!r} and {label}{second}={given[second]!r} exclude each other: {reason}; "
+            f"leave one of them out"
         )
+
+    parallel = [name for name in ("threshold", "factor") if given.get(name) is not None]
+    if len(parallel) == 2:
+        refuse(*parallel, "each says by itself how many positions a step unmasks")
+    if parallel and given.get("remasking", "low_confidence") not in PROBABILITY_POLICIES:
+        refuse(parallel[0], "remasking", f"it compares probabilities, which {PROBABILITY_POLICIES} rank by")
+    if given.get("cfg_scale", 0) > 0 and given.get("cache", "none") != "none":
+        refuse("cfg_scale", "cache", "the unconditional copy has no KV cache of its own")
+    if given.get("strategy") == "d2f":
+        for name in _NOT_WITH_D2F:
+            if given.get(name, getattr(_NEUTRAL, name)) != getattr(_NEUTRAL, name):
+                refuse("strategy", name, "d2f brings its own rule for it, or sees nothing behind its open blocks")
+        if given.get("remasking", "low_confidence") not in PROBABILITY_POLICIES:
+            refuse("strategy", "remasking", f"d2f compares probabilities, which {PROBABILITY_POLICIES} rank by")
+    template = given.get("template")
+    if template and HOLE not in template:
+        raise ValueError(f"{label}template has no hole: put {HOLE} where a token is wanted, or ask for no generation")
+    if template and given.get("canvas_length", len(template)) != len(template):
+        refuse("template", "canvas_length", "the template is the canvas")
+
+
+_NEUTRAL = DiffusionParams()
+_NOT_WITH_D2F = ("threshold", "factor", "alg_temp", "cfg_scale", "cache", "suffix", "template")
+
+
+def _settle(params: DiffusionParams, given: Mapping[str, Any]) -> DiffusionParams:
+    """Where a default contradicts what was ``given``, the default gives way; `_check_combination` saw to the rest."""
+    by_probability = "maskgit_plus" if params.remasking in DREAM_POLICIES else "low_confidence"
+    if params.strategy == "d2f":
+        clash = [name for name in _NOT_WITH_D2F if getattr(params, name) != getattr(_NEUTRAL, name)]
+        if clash and "strategy" not in given and any(name in given for name in clash):
+            params = replace(params, strategy="full")
+        else:
+            neutral = {name: getattr(_NEUTRAL, name) for name in clash}
+            ranked = params.remasking if params.remasking in PROBABILITY_POLICIES else by_probability
+            return replace(params, **neutral, remasking=ranked)
+    if params.threshold is not None and params.factor is not None:
+        params = replace(params, **{"threshold" if "factor" in given else "factor": None})
+    if (params.threshold is not None or params.factor is not None) and params.remasking not in PROBABILITY_POLICIES:
+        if "remasking" in given:
+            params = replace(params, threshold=None, factor=None)
+        else:
+            params = replace(params, remasking=by_probability)
+    if params.cfg_scale > 0 and params.cache != "none":
+        params = replace(params, cache="none") if "cfg_scale" in given else replace(params, cfg_scale=0.0)
+    return params
+
+
+def _replace(params: DiffusionParams, given: Mapping[str, Any]) -> DiffusionParams:
+    return replace(params, **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 def _keys() -> list[str]:
@@ -145,7 +271,7 @@ def _check(label: str, name: str, value: Any) -> None:
         raise ValueError(f"{label} must be {RULES[name]}, got {value!r}")
 
 
-def _nearest(name: str, known: Any, cutoff: float = 0.0) -> str:
+def _nearest(name: str, known: Iterable[str], cutoff: float = 0.0) -> str:
     """`` (did you mean 'x'?)`` for the nearest known name; empty where none is as near as ``cutoff``."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f" (did you mean {match[0]!r}?)" if match else ""

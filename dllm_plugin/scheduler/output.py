@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
@@ -11,15 +12,20 @@ from dllm_plugin.scheduler.window import Window
 
 @dataclass(frozen=True, slots=True)
 class Canvas:
-    """A canvas to lay out: ``length`` masks after ``token_ids``, and how they are to be decoded.
+    """A canvas to lay out after ``token_ids``, and how it is to be decoded.
 
-    ``token_ids``: prompt and everything final before this canvas. ``num_emitted``: tokens of this canvas that were
-    emitted before a preemption made it begin again. ``seed``: the same on every rank.
+    ``token_ids``: prompt and everything final before this canvas. ``canvas_ids``: -1 for a mask, otherwise a pinned
+    token. ``suffix_ids``: what stands behind. ``num_emitted``: tokens of this canvas that were emitted before a
+    preemption made it begin again. ``eos_token_id``: what ends the response, -1 if nothing does. ``seed``: the same on
+    every rank.
     """
 
     token_ids: list[int]
-    length: int
+    canvas_ids: list[int]
+    suffix_ids: list[int]
     num_emitted: int
+    eos_token_id: int
+    lora_request: LoRARequest | None
     params: DiffusionParams
     temperature: float
     top_p: float
@@ -39,7 +45,9 @@ class DiffusionSchedulerOutput(SchedulerOutput):
 class DiffusionModelRunnerOutput(ModelRunnerOutput):
     """``sampled_token_ids``: the tokens by which each request's final prefix grew; often none.
 
-    ``num_masked``: request id to the number of positions still masked in the block that was active.
+    ``num_masked``: request id to the number of positions still masked in each block that was active.
+    ``eos_is_taken``: requests of which an active block holds EOS, masks before it or not.
     """
 
-    num_masked: dict[str, int] = field(default_factory=dict)
+    num_masked: dict[str, list[int]] = field(default_factory=dict)
+    eos_is_taken: set[str] = field(default_factory=set)

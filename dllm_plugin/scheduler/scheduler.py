@@ -3,20 +3,35 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
+from vllm.logger import init_logger
+from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from dllm_plugin.engine_config import engine_defaults
-from dllm_plugin.params import parse_request
+from dllm_plugin.families import family_of
+from dllm_plugin.params import HOLE, DiffusionParams, parse_request
 from dllm_plugin.scheduler.output import Canvas, DiffusionModelRunnerOutput, DiffusionSchedulerOutput
-from dllm_plugin.scheduler.window import DenoisingPlan
+from dllm_plugin.scheduler.window import Plan, make_plan
+
+logger = init_logger("vllm." + __name__)
+
+
+@dataclass(slots=True)
+class Denoising:
+    """What the scheduler keeps of a request beside vLLM's own record."""
+
+    plan: Plan
+    suffix_ids: list[int]
+    seed: int
 
 
 class DiffusionScheduler(Scheduler):
@@ -31,20 +46,24 @@ class DiffusionScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.defaults = engine_defaults(self.vllm_config)
-        self.plans: dict[str, DenoisingPlan] = {}
-        self.seeds: dict[str, int] = {}
+        self.shift = int(family_of(self.vllm_config.model_config.architecture).shifted)
+        self.denoising: dict[str, Denoising] = {}
         self._draw_seed = random.Random(self.vllm_config.model_config.seed).getrandbits
         self._allocate_slots = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_canvas
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
-            params = parse_request(request.sampling_params.extra_args, self.defaults)
-            limit = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
-            self.plans[request.request_id] = DenoisingPlan(params, request.num_prompt_tokens, limit)
-            seed = request.sampling_params.seed
-            self.seeds[request.request_id] = self._draw_seed(63) if seed is None else seed
-            request.spec_decode_metrics = RequestSpecDecodeMetrics.new(params.canvas_length)
+            try:
+                denoising = self._begin_denoising(request, parse_request(request.sampling_params.extra_args, self.defaults))
+            except ValueError as error:
+                # only known with prompt and model at hand; an exception here would end the engine for everyone, so
+                # the request runs a step without what is wrong and vLLM then ends it with finish_reason "error"
+                logger.warning("Request %s cannot be served: %s", request.request_id, error)
+                self.grammar_compile_error_reqs.add(request.request_id)
+                denoising = self._begin_denoising(request, DiffusionParams(remasking=self.defaults.remasking))
+            self.denoising[request.request_id] = denoising
+            request.spec_decode_metrics = RequestSpecDecodeMetrics.new(denoising.plan.next_canvas_length)
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -54,14 +73,14 @@ class DiffusionScheduler(Scheduler):
         begun = {data.req_id for data in output.scheduled_new_reqs} | output.scheduled_cached_reqs.resumed_req_ids
         canvases, windows = {}, {}
         for req_id in output.num_scheduled_tokens:
-            plan = self.plans[req_id]
+            plan = self.denoising[req_id].plan
             if plan.canvas_is_full:
                 plan.start_canvas()
                 canvases[req_id] = self._canvas(self.requests[req_id])
             elif req_id in begun:
                 plan.restart_canvas()
                 canvases[req_id] = self._canvas(self.requests[req_id])
-            windows[req_id] = plan.next_window()
+            windows[req_id] = plan.window
         return DiffusionSchedulerOutput(**vars(output), canvases=canvases, windows=windows)
 
     def update_from_output(
@@ -74,13 +93,58 @@ class DiffusionScheduler(Scheduler):
             for req_id, window in scheduler_output.windows.items():
                 if (request := self.requests.get(req_id)) is None:
                     continue  # aborted while the step ran
-                self.plans[req_id].advance(model_runner_output.num_masked[req_id])
-                request.spec_decode_metrics.observe(window.num_masked, len(emitted[req_id]))
+                eos_is_taken = req_id in model_runner_output.eos_is_taken
+                self.denoising[req_id].plan.advance(model_runner_output.num_masked[req_id], eos_is_taken)
+                num_masked = sum(block.num_masked for block in window.blocks)
+                request.spec_decode_metrics.observe(num_masked, len(emitted[req_id]))
         return super().update_from_output(scheduler_output, model_runner_output)
 
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
+    ) -> tuple[list[int], bool]:
+        """vLLM's stops, and those it does not know: a filled template, spent steps, no room before a suffix."""
+        new_token_ids, stopped = super()._update_request_with_output(request, new_token_ids, *args, **kwargs)
+        plan = self.denoising[request.request_id].plan
+        if stopped or not plan.is_over:
+            return new_token_ids, stopped
+        if plan.params.template:
+            request.status, request.stop_reason = RequestStatus.FINISHED_STOPPED, "diffusion_template"
+        else:
+            request.status = RequestStatus.FINISHED_LENGTH_CAPPED
+            request.stop_reason = None if plan.canvas_end == plan.limit else "diffusion_max_steps"
+        return new_token_ids, True
+
     def _free_blocks(self, request: Request) -> None:
-        del self.plans[request.request_id], self.seeds[request.request_id]
+        del self.denoising[request.request_id]
         super()._free_blocks(request)
+
+    def _begin_denoising(self, request: Request, params: DiffusionParams) -> Denoising:
+        """Plan and seed of a request. Raises ValueError for what only prompt, tokenizer and vocabulary can tell."""
+        suffix_ids = self._suffix_ids(params)
+        vocab_size = self.vllm_config.model_config.get_vocab_size()
+        if outside := [token for token in (*suffix_ids, *params.template) if token >= vocab_size]:
+            raise ValueError(f"diffusion_suffix or diffusion_template holds token {outside[0]} of {vocab_size}")
+        num_prompt = request.num_prompt_tokens
+        limit = min(num_prompt + request.max_tokens, self.max_model_len - len(suffix_ids))
+        if limit - num_prompt < max(1, len(params.template)):
+            raise ValueError(
+                f"prompt, canvas and suffix must fit max_model_len {self.max_model_len}: {num_prompt} tokens of prompt "
+                f"and {len(suffix_ids)} of diffusion_suffix leave no room"
+            )
+        seed = request.sampling_params.seed
+        return Denoising(
+            plan=make_plan(params, num_prompt, limit, self.shift, len(suffix_ids)),
+            suffix_ids=suffix_ids,
+            seed=self._draw_seed(63) if seed is None else seed,
+        )
+
+    def _suffix_ids(self, params: DiffusionParams) -> list[int]:
+        if not isinstance(params.suffix, str):
+            return list(params.suffix)
+        if self.vllm_config.model_config.skip_tokenizer_init:
+            raise ValueError("diffusion_suffix as text needs a tokenizer, and skip_tokenizer_init is set; give token ids")
+        tokenizer = cached_tokenizer_from_config(self.vllm_config.model_config)
+        return tokenizer.encode(params.suffix, add_special_tokens=False)
 
     @contextmanager
     def _within_token_budget(self) -> Iterator[None]:
@@ -88,7 +152,7 @@ class DiffusionScheduler(Scheduler):
         budget = self.max_num_scheduled_tokens
         num_scheduled = 0
         for request in self.running:
-            request.num_computed_tokens = 0  # every window begins at the start of the sequence
+            request.num_computed_tokens = 0  # vLLM schedules what is final again, whatever the window
             cost = self._window_tokens(request)
             if cost <= budget or num_scheduled == 0:
                 num_scheduled += 1
@@ -113,26 +177,33 @@ class DiffusionScheduler(Scheduler):
 
     def _window_tokens(self, request: Request) -> int:
         """Tokens the request's next window forwards; guidance forwards a second, unconditional copy."""
-        plan = self.plans[request.request_id]
-        return plan.next_length * (2 if plan.params.cfg_scale > 0 else 1)
+        plan = self.denoising[request.request_id].plan
+        # a preempted request begins its canvas again
+        fresh = plan.window is None or request.status != RequestStatus.RUNNING
+        num_tokens = plan.next_length if fresh else plan.window.end - plan.window.start
+        return num_tokens * (2 if plan.params.cfg_scale > 0 else 1)
 
     def _allocate_canvas(
         self, request: Request, num_new_tokens: int, num_new_computed_tokens: int = 0, *args: Any, **kwargs: Any
     ) -> KVCacheBlocks | None:
         """vLLM's ``allocate_slots``, reserving the whole canvas so that its later windows always have their pages."""
         known = request.num_computed_tokens + num_new_computed_tokens + num_new_tokens
-        kwargs["num_lookahead_tokens"] = max(0, self.plans[request.request_id].next_length - known)
+        kwargs["num_lookahead_tokens"] = max(0, self.denoising[request.request_id].plan.next_length - known)
         return self._allocate_slots(request, num_new_tokens, num_new_computed_tokens, *args, **kwargs)
 
     def _canvas(self, request: Request) -> Canvas:
-        plan, sampling = self.plans[request.request_id], request.sampling_params
+        denoising, sampling = self.denoising[request.request_id], request.sampling_params
+        plan = denoising.plan
         return Canvas(
             token_ids=request.all_token_ids[: plan.canvas_start],
-            length=plan.canvas_length,
+            canvas_ids=list(plan.params.template) or [HOLE] * plan.canvas_length,
+            suffix_ids=denoising.suffix_ids,
             num_emitted=request.num_tokens - plan.canvas_start,
-            params=plan.params,
+            eos_token_id=-1 if sampling.eos_token_id is None else sampling.eos_token_id,
+            lora_request=request.lora_request,
+            params=replace(plan.params, suffix=(), template=()),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
-            seed=self.seeds[request.request_id],
+            seed=denoising.seed,
         )

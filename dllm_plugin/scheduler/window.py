@@ -1,38 +1,61 @@
 """Which window of a request comes next: pure planning, no vLLM and no tensors.
 
-A request is one sequence: prompt, then a canvas of masked positions that is unmasked block after block over denoising
-steps. A plan hands out one Window a step and is told how many positions of its active block are still masked.
+A request is one sequence: prompt, then a canvas of masked positions, then a suffix if it asks for one. A plan hands out
+one Window a step and is told how many positions of its active blocks are still masked; every strategy is a rule that
+picks the next window, and nothing more. Positions count from the start of the sequence.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from dllm_plugin.params import DREAM_POLICIES, DiffusionParams
+from dllm_plugin.params import DREAM_POLICIES, HOLE, DiffusionParams
+
+
+@dataclass(frozen=True, slots=True)
+class ActiveBlock:
+    """Positions ``[start, end)`` of which some are unmasked after the forward pass.
+
+    These are the ``n`` most confident, ``n`` the largest of ``quota``, the number of confidences above ``threshold``,
+    and what ``factor`` admits (kernels/unmask.py); inf and 0 switch the latter two off. ``num_masked``: how many of the
+    positions are masked before the step.
+    """
+
+    start: int
+    end: int
+    num_masked: int
+    quota: int
+    threshold: float = math.inf
+    factor: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """One denoising step of one request. Positions count from the start of the sequence, the prompt's first token.
+    """One denoising step: forward ``[start, end)``, let queries see keys below ``visible``, unmask in ``blocks``.
 
-    The forward pass covers ``[start, end)``, every query sees keys ``[0, visible)``; afterwards
-    ``max(quota, number of confidences > threshold)`` positions of the active block ``[block_start, block_end)`` are
-    unmasked. ``num_masked``: masked positions of the block before the step. ``step``: denoising steps the request has
-    done before this one; with the position it keys the noise, so that nothing depends on the batch.
+    With ``block_length`` > 0 attention is block-causal: a query sees ``[0, prefix_length)`` and everything up to the
+    end of its own block, blocks counted from there. ``caches``: the window's keys and values are kept in pages, and a
+    window that does not begin at 0 reads those of earlier steps. ``step``: denoising steps the request has done before
+    this one; with the position it keys the noise, so that nothing depends on the batch.
     """
 
     start: int
     end: int
     visible: int
-    block_start: int
-    block_end: int
-    num_masked: int
     step: int
-    quota: int
-    threshold: float = math.inf
+    blocks: tuple[ActiveBlock, ...]
+    caches: bool = False
+    prefix_length: int = 0
+    block_length: int = 0
+
+    @property
+    def covers_all(self) -> bool:
+        """True where every key a query sees is in the window itself, and every query sees all of them."""
+        return self.start == 0 and self.end == self.visible and self.block_length == 0
 
 
 def split_blocks(canvas_length: int, block_length: int | None, steps: int | None) -> tuple[list[int], list[int]]:
@@ -78,20 +101,25 @@ def dream_transfer_probability(step: int, num_steps: int, eps: float) -> float:
     return 1.0 if step >= num_steps - 1 else float(_dream_rates(num_steps, eps)[step])
 
 
-class DenoisingPlan:
-    """The windows of one request, cache mode ``none``: every step forwards the whole sequence.
+class Plan(ABC):
+    """The windows of one request: what all strategies share, which is the canvas and its end.
 
-    ``limit`` is the length the sequence may reach, prompt included. When a canvas is full and the request goes on,
-    `start_canvas` lays out the next one; its steps shrink with its length, so that a shorter last canvas keeps the
-    pace of the first.
+    ``limit`` is the length prompt and response may reach, ``num_suffix`` what stands behind the canvas. When a canvas
+    is full and the request goes on, `start_canvas` lays out the next one. ``shift``: 1 for a family whose logits at i
+    predict token i + 1; a window then begins one position early, so that its first position has its own logits.
     """
 
-    def __init__(self, params: DiffusionParams, prompt_length: int, limit: int) -> None:
+    def __init__(
+        self, params: DiffusionParams, prompt_length: int, limit: int, shift: int = 0, num_suffix: int = 0
+    ) -> None:
         self.params = params
         self.limit = limit
+        self.shift = shift
+        self.num_suffix = num_suffix
+        self.prompt_length = prompt_length
         self.canvas_start = self.canvas_end = prompt_length
         self.step = 0
-        self._first_canvas_length = min(params.canvas_length, limit - prompt_length)
+        self.window: Window | None = None
 
     @property
     def canvas_length(self) -> int:
@@ -100,69 +128,152 @@ class DenoisingPlan:
     @property
     def canvas_is_full(self) -> bool:
         """True before the first canvas, and when no position of the present one is masked."""
-        return self.canvas_end == self.canvas_start or self._block == len(self._lengths)
+        return self.window is None
+
+    @property
+    def next_canvas_length(self) -> int:
+        return min(len(self.params.template) or self.params.canvas_length, self.limit - self.canvas_end)
 
     @property
     def next_length(self) -> int:
-        """Length of the sequence the next window belongs to, canvas included; no later window of it is longer."""
-        if not self.canvas_is_full:
-            return self.canvas_end
-        return min(self.canvas_end + self.params.canvas_length, self.limit)
+        """Length of the sequence the next window belongs to, suffix included."""
+        return self.num_suffix + self.canvas_end + (self.next_canvas_length if self.canvas_is_full else 0)
+
+    @property
+    def is_over(self) -> bool:
+        """True where no further canvas may begin: no room is left, a template is filled, the steps are spent."""
+        ended = self.canvas_end == self.limit or bool(self.params.template) or self._steps_are_spent
+        return self.canvas_is_full and self.step > 0 and ended
 
     def start_canvas(self) -> None:
         """Lay out a canvas of masks after everything that is final."""
-        self.canvas_start = self.canvas_end
-        self.canvas_end = min(self.canvas_start + self.params.canvas_length, self.limit)
-        self._lengths, self._steps = split_blocks(self.canvas_length, self.params.block_length, self._canvas_steps())
+        length = self.next_canvas_length
+        self.canvas_start, self.canvas_end = self.canvas_end, self.canvas_end + length
         self._first_step = self.step
-        self._block_start = self.canvas_start
-        self._begin_block(0)
+        self._begin_canvas()
+        self.window = self._next_window()
 
     def restart_canvas(self) -> None:
-        """Go back to the fully masked canvas: the same steps give the same tokens again (used after preemption)."""
+        """Go back to the canvas as it was laid out: the same steps give the same tokens again (after preemption)."""
         self.step = self._first_step
-        self._block_start = self.canvas_start
-        self._begin_block(0)
+        self._begin_canvas()
+        self.window = self._next_window()
 
-    def next_window(self) -> Window:
-        """The next step's window; does not change the plan."""
-        quota, threshold = self._pace()
+    def advance(self, num_masked: Sequence[int], eos_is_taken: bool = False) -> None:
+        """Record a step: positions still masked in each of the window's active blocks, in their order."""
+        self.step += 1
+        self._record(num_masked, eos_is_taken)
+        self.window = self._next_window()
+
+    @property
+    def _steps_are_spent(self) -> bool:
+        return self.params.max_steps is not None and self.step >= self.params.max_steps
+
+    def _take_all_if_last(self, window: Window) -> Window:
+        """The window itself, or where it is the last step of the request, one that unmasks all that is left."""
+        if self.params.max_steps is None or self.step < self.params.max_steps - 1:
+            return window
+        masked = self._num_masked_in_canvas()
+        start = self.canvas_start
+        rest = ActiveBlock(start, self.canvas_end, masked, quota=masked)
         return Window(
             start=0,
-            end=self.canvas_end,
-            visible=self.canvas_end,
-            block_start=self._block_start,
-            block_end=self._block_start + self._lengths[self._block],
-            num_masked=self._num_masked,
+            end=self.canvas_end + self.num_suffix,
+            visible=self.canvas_end + self.num_suffix,
             step=self.step,
-            quota=quota,
-            threshold=threshold,
+            blocks=(rest,),
+            caches=window.caches,
+            prefix_length=window.prefix_length,
+            block_length=window.block_length,
         )
 
-    def advance(self, num_masked: int) -> None:
-        """Record a step after which ``num_masked`` positions of the active block are still masked."""
-        self.step += 1
-        self._block_step += 1
-        self._num_masked = num_masked
-        if num_masked == 0:
-            self._block_start += self._lengths[self._block]
-            self._begin_block(self._block + 1)
+    @abstractmethod
+    def _begin_canvas(self) -> None: ...
+
+    @abstractmethod
+    def _next_window(self) -> Window | None:
+        """The next step's window; None when the canvas is full."""
+
+    @abstractmethod
+    def _record(self, num_masked: Sequence[int], eos_is_taken: bool) -> None: ...
+
+    @abstractmethod
+    def _num_masked_in_canvas(self) -> int: ...
+
+
+class BlockwisePlan(Plan):
+    """One active block after the other under full attention, with Fast-dLLM's caches or none.
+
+    Without a cache every step forwards the whole sequence. With ``prefix`` or ``dual`` the first step of a block does,
+    and every ``cache_refresh``-th; the steps between forward the block and all behind it, or the block alone.
+    """
+
+    def _begin_canvas(self) -> None:
+        first_length = min(self.params.canvas_length, self.limit - self.prompt_length)
+        steps = self.params.steps
+        if steps is not None and not self.params.template:
+            steps = math.ceil(steps * self.canvas_length / first_length)  # a shorter last canvas keeps the pace
+        lengths, self._steps = split_blocks(self.canvas_length, self.params.block_length, steps)
+        edges = np.cumsum([self.canvas_start, *lengths]).tolist()
+        self._blocks = list(zip(edges[:-1], edges[1:], strict=True))
+        holes = self.params.template or (HOLE,) * self.canvas_length
+        begin = self.canvas_start
+        self._masks = [sum(token == HOLE for token in holes[a - begin : b - begin]) for a, b in self._blocks]
+        self._begin_block(0)
 
     def _begin_block(self, block: int) -> None:
+        while block < len(self._blocks) and self._masks[block] == 0:
+            block += 1  # a template pins all of it
         self._block = block
         self._block_step = 0
-        self._num_masked = self._lengths[block] if block < len(self._lengths) else 0
+        self._num_masked = self._masks[block] if block < len(self._blocks) else 0
 
-    def _canvas_steps(self) -> int | None:
-        steps = self.params.steps
-        return steps and math.ceil(steps * self.canvas_length / self._first_canvas_length)
+    def _record(self, num_masked: Sequence[int], eos_is_taken: bool) -> None:
+        self._block_step += 1
+        self._num_masked = num_masked[0]
+        if self._steps_are_spent:
+            self._block = len(self._blocks)
+        elif self._num_masked == 0:
+            self._begin_block(self._block + 1)
 
-    def _pace(self) -> tuple[int, float]:
-        """Quota and threshold of the present step."""
+    def _next_window(self) -> Window | None:
+        if self._block == len(self._blocks):
+            return None
+        params, (start, end) = self.params, self._blocks[self._block]
+        quota, threshold, factor = self._pace()
+        block = ActiveBlock(start, end, self._num_masked, quota, threshold, factor)
+        length = self.canvas_end + self.num_suffix
+        refreshed = self._block_step % params.cache_refresh == 0 if params.cache_refresh else self._block_step == 0
+        if params.cache == "none" or refreshed:
+            span = (0, length)
+        else:
+            span = (start - self.shift, length if params.cache == "prefix" else end)
+        window = Window(*span, visible=length, step=self.step, blocks=(block,), caches=params.cache != "none")
+        return self._take_all_if_last(window)
+
+    def _pace(self) -> tuple[int, float, float]:
+        """Quota, threshold and factor of the present step."""
         params, step, num_steps = self.params, self._block_step, self._steps[self._block]
-        if params.remasking not in DREAM_POLICIES:
-            return even_quota(self._lengths[self._block], step, num_steps), math.inf
+        if params.threshold is not None:
+            return 1, params.threshold, 0.0
+        if params.factor is not None:
+            return 1, math.inf, params.factor
         if params.remasking == "origin":
-            # each position independently: a uniform confidence above 1 - p
-            return 0, 1.0 - dream_transfer_probability(step, num_steps, params.eps)
-        return dream_quota(self._num_masked, step, num_steps, params.eps), math.inf
+            # each position by itself: a uniform confidence above 1 - p
+            return 0, 1.0 - dream_transfer_probability(step, num_steps, params.eps), 0.0
+        if params.remasking in DREAM_POLICIES:
+            return dream_quota(self._num_masked, step, num_steps, params.eps), math.inf, 0.0
+        return even_quota(self._masks[self._block], step, num_steps), math.inf, 0.0
+
+    def _num_masked_in_canvas(self) -> int:
+        return self._num_masked + sum(self._masks[self._block + 1 :])
+
+
+def make_plan(
+    params: DiffusionParams, prompt_length: int, limit: int, shift: int = 0, num_suffix: int = 0
+) -> Plan:
+    """The plan of a request's strategy."""
+    from dllm_plugin.scheduler.d2f import D2FPlan
+
+    plan = D2FPlan if params.strategy == "d2f" else BlockwisePlan
+    return plan(params, prompt_length, limit, shift, num_suffix)

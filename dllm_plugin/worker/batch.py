@@ -5,18 +5,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dllm_plugin.attention import WindowBatch
+from dllm_plugin.attention import FullWindows, PagedWindows, WindowBatch
 from dllm_plugin.scheduler.window import Window
 from dllm_plugin.worker.canvas import CanvasStore
 
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
-    """The unconditional copies of guided requests' windows, which come after all conditional ones."""
+    """The unconditional copies of guided requests' windows, which come before all other tokens."""
 
-    first_token: int
-    hidden: torch.Tensor  # [tokens from first_token on] bool: what the copy sees as masks, all before its canvas
-    distance: torch.Tensor  # [requests] int64: tokens from a window to its copy; 0 without guidance
+    num_tokens: int
+    hidden: torch.Tensor  # [num_tokens] bool: what a copy sees as masks, all before its canvas
+    distance: torch.Tensor  # [requests] int64: tokens from a window back to its copy
     guided: torch.Tensor  # [requests] bool
 
 
@@ -24,11 +24,13 @@ class Guidance:
 class Layout:
     """Where everything of a step lies, windows end to end. It stays the same until a request joins, leaves or moves on.
 
-    Indices are int64 tensors on the device. *Places* are the positions of the active blocks, masked or not, ordered by
-    request and position.
+    Requests are ordered so that full windows come before paged ones, and windows that keep nothing before those whose
+    keys and values are stored. Indices are int64 tensors on the device. *Places* are the positions of the active
+    blocks, masked or not, ordered by request, block and position.
     """
 
     key: tuple[object, ...]
+    request_ids: list[str]
     windows: WindowBatch
     slots: torch.Tensor  # [requests]
     token_index: torch.Tensor  # [tokens], into the flattened store
@@ -37,6 +39,8 @@ class Layout:
     place_position: torch.Tensor  # [places], in the sequence
     place_token: torch.Tensor  # [places], the token whose logits predict the place
     place_request: torch.Tensor  # [places]
+    block_request: torch.Tensor  # [blocks]
+    request_start_loc: torch.Tensor | None  # [requests + 1] int32, blocks of a request; None: one each
     guidance: Guidance | None
 
 
@@ -44,21 +48,23 @@ class Layout:
 class StepBatch:
     """A layout with what changes from step to step. Rows are the places still masked; only they get logits."""
 
-    # on the host
-    request_ids: list[str]
+    layout: Layout
     max_emitted: int  # no final prefix can have grown by more
     # on the device
-    layout: Layout
     input_ids: torch.Tensor  # [tokens] int32
-    row_place: torch.Tensor  # [rows] int64
     row_token: torch.Tensor  # [rows] int64
     row_position: torch.Tensor  # [rows] int64
     row_request: torch.Tensor  # [rows] int64
-    row_start_loc: torch.Tensor  # [requests + 1] int32
+    row_start_loc: torch.Tensor  # [blocks + 1] int32, rows of a block
     step: torch.Tensor  # [requests] int64
     final_prefix: torch.Tensor  # [requests] int32
-    quota: torch.Tensor  # [requests] int32
-    threshold: torch.Tensor | None  # [requests] float32; None where no request has one
+    quota: torch.Tensor  # [blocks] int32
+    threshold: torch.Tensor | None  # [blocks] float32; None where no block has one
+    factor: torch.Tensor | None  # [blocks] float32; likewise
+
+    @property
+    def request_ids(self) -> list[str]:
+        return self.layout.request_ids
 
     @property
     def slots(self) -> torch.Tensor:
@@ -68,113 +74,185 @@ class StepBatch:
 class BatchBuilder:
     """Builds the batch of each step over a store, keeping the layout of the last one.
 
-    ``shift``: 1 where the logits at i predict token i + 1, else 0.
+    ``shift``: 1 where the logits at i predict token i + 1, else 0. ``pages``: request id to the pages that hold its
+    keys and values, of ``page_size`` positions each.
     """
 
     def __init__(self, store: CanvasStore, shift: int) -> None:
         self.store = store
         self.shift = shift
+        self.pages: dict[str, list[int]] = {}
+        self.page_size = 0
         self._layout: Layout | None = None
 
     def build(self, windows: dict[str, Window]) -> StepBatch:
         store, layout = self.store, self._lay_out(windows)
-        num_requests = len(windows)
-        numbers = np.zeros((4, num_requests + 1), dtype=np.int64)
-        for i, (request_id, window) in enumerate(windows.items()):
-            numbers[:, i] = window.num_masked, window.step, store.final_prefix[request_id], window.quota
-        num_masked = numbers[0, :num_requests]
-        num_rows = int(num_masked.sum())
-        numbers[0, 1:] = np.cumsum(num_masked)
-        numbers[0, 0] = 0
-        row_start_loc, step, final_prefix, quota = to_device(numbers, store.device)
+        requests = [store.requests[request_id] for request_id in layout.request_ids]
+        steps = [windows[request_id] for request_id in layout.request_ids]
+        blocks = [block for window in steps for block in window.blocks]
+        step, final_prefix = to_device([w.step for w in steps], [r.final_prefix for r in requests], store.device)
+        masks = [block.num_masked for block in blocks]
+        quota, row_loc = to_device([block.quota for block in blocks], start_loc(masks), store.device)
 
         input_ids = store.tokens.view(-1)[layout.token_index]
         if (guidance := layout.guidance) is not None:
-            input_ids[guidance.first_token :].masked_fill_(guidance.hidden, store.mask_token_id)
+            input_ids[: guidance.num_tokens].masked_fill_(guidance.hidden, store.mask_token_id)
         masked = store.masked.view(-1)[layout.place_index]
-        row_place = torch.nonzero_static(masked, size=num_rows).squeeze(1)
-        threshold = None
-        if any(window.threshold != np.inf for window in windows.values()):
-            threshold = torch.tensor(
-                [window.threshold for window in windows.values()], dtype=torch.float32, device=store.device
-            )
+        row_place = torch.nonzero_static(masked, size=sum(masks)).squeeze(1)
+        ends = [r.canvas_end if r.has_pinned else w.blocks[-1].end for r, w in zip(requests, steps, strict=True)]
         return StepBatch(
-            request_ids=list(windows),
-            max_emitted=max(window.block_end - store.final_prefix[i] for i, window in windows.items()),
             layout=layout,
+            max_emitted=max(end - request.final_prefix for end, request in zip(ends, requests, strict=True)),
             input_ids=input_ids,
-            row_place=row_place,
             row_token=layout.place_token[row_place],
             row_position=layout.place_position[row_place],
             row_request=layout.place_request[row_place],
-            row_start_loc=row_start_loc.int(),
-            step=step[:num_requests],
-            final_prefix=final_prefix[:num_requests].int(),
-            quota=quota[:num_requests].int(),
-            threshold=threshold,
+            row_start_loc=row_loc.int(),
+            step=step,
+            final_prefix=final_prefix.int(),
+            quota=quota.int(),
+            threshold=self._optional([block.threshold for block in blocks], np.inf),
+            factor=self._optional([block.factor for block in blocks], 0.0),
         )
+
+    def _optional(self, values: list[float], off: float) -> torch.Tensor | None:
+        if all(value == off for value in values):
+            return None
+        return torch.tensor(values, dtype=torch.float32, device=self.store.device)
 
     def _lay_out(self, windows: dict[str, Window]) -> Layout:
         store = self.store
         key = (
             store.tokens.shape[1],
-            *(
-                (store.slot_of[i], store.guided_from.get(i), w.start, w.end, w.block_start, w.block_end)
-                for i, w in windows.items()
-            ),
+            *((store.requests[i].serial, w.start, w.end, tuple((b.start, b.end) for b in w.blocks)) for i, w in windows.items()),
         )
         if self._layout is None or self._layout.key != key:
             self._layout = self._new_layout(key, windows)
         return self._layout
 
     def _new_layout(self, key: tuple[object, ...], windows: dict[str, Window]) -> Layout:
-        store, steps, num_requests = self.store, list(windows.values()), len(windows)
-        guided = [i for i, request_id in enumerate(windows) if request_id in store.guided_from]
-        copies = [*range(num_requests), *guided]
-        stride = store.tokens.shape[1]
+        store, device, stride = self.store, self.store.device, self.store.tokens.shape[1]
+        # full before paged, and within the full ones what is stored last
+        request_ids = sorted(windows, key=lambda i: (not windows[i].covers_all, windows[i].caches))
+        requests = [store.requests[request_id] for request_id in request_ids]
+        steps = [windows[request_id] for request_id in request_ids]
+        num_requests = len(requests)
+        guided = [i for i, request in enumerate(requests) if request.canvas.params.cfg_scale > 0]
 
-        slot = np.array([store.slot_of[request_id] for request_id in windows])
-        start = np.array([steps[i].start for i in copies])
-        length = np.array([steps[i].end for i in copies]) - start
+        # tokens: unconditional copies, then every request's window
+        of = np.array([*guided, *range(num_requests)])
+        slot = np.array([request.slot for request in requests])
+        start = np.array([window.start for window in steps])[of]
+        length = np.array([window.end for window in steps])[of] - start
         loc = start_loc(length)
         position = ranges(start, length)
-        block_start = np.array([window.block_start for window in steps])
-        block_length = np.array([window.block_end for window in steps]) - block_start
+        window_loc = loc[len(guided) :]
+
+        # places: positions of active blocks
+        blocks = [(i, block) for i, window in enumerate(steps) for block in window.blocks]
+        block_request = np.array([i for i, _ in blocks])
+        block_start = np.array([block.start for _, block in blocks])
+        block_length = np.array([block.end for _, block in blocks]) - block_start
+        place_request = np.repeat(block_request, block_length)
         place_position = ranges(block_start, block_length)
-        place_request = np.repeat(np.arange(num_requests), block_length)
-        first_token = loc[:num_requests] + block_start - start[:num_requests] - self.shift
+        first_token = window_loc[block_request] + block_start - start[len(guided) :][block_request] - self.shift
 
         guidance = None
         if guided:
-            first = int(loc[num_requests])
-            canvas_start = [store.guided_from[request_id] for request_id in windows if request_id in store.guided_from]
+            num_copied = int(loc[len(guided)])
+            canvas_start = [len(requests[i].canvas.token_ids) for i in guided]
             distance = np.zeros(num_requests, dtype=np.int64)
-            distance[guided] = loc[num_requests:-1] - loc[guided]
+            distance[guided] = window_loc[guided] - loc[: len(guided)]
             guidance = Guidance(
-                first_token=first,
-                hidden=to_device(position[first:] < np.repeat(canvas_start, length[num_requests:]), store.device),
-                distance=to_device(distance, store.device),
-                guided=to_device(distance > 0, store.device),
+                num_tokens=num_copied,
+                hidden=to_device(position[:num_copied] < np.repeat(canvas_start, length[: len(guided)]), device)[0],
+                distance=to_device(distance, device)[0],
+                guided=to_device(distance > 0, device)[0],
             )
+        one_block_each = len(blocks) == num_requests
+        token_index, positions, place_index, place_position, place_token, place_request, slots, block_requests = to_device(
+            np.repeat(slot[of] * stride, length) + position,
+            position,
+            slot[place_request] * stride + place_position,
+            place_position,
+            ranges(first_token, block_length),
+            place_request,
+            slot,
+            block_request,
+            device,
+        )
+        request_loc = start_loc([len(window.blocks) for window in steps])
         return Layout(
             key=key,
-            windows=WindowBatch(
-                query_start_loc=to_device(loc.astype(np.int32), store.device),
-                query_start_loc_cpu=loc.tolist(),
-                max_query_len=int(length.max()),
-            ),
-            slots=to_device(slot, store.device),
-            token_index=to_device(np.repeat(slot[copies] * stride, length) + position, store.device),
-            positions=to_device(position, store.device),
-            place_index=to_device(slot[place_request] * stride + place_position, store.device),
-            place_position=to_device(place_position, store.device),
-            place_token=to_device(ranges(first_token, block_length), store.device),
-            place_request=to_device(place_request, store.device),
+            request_ids=request_ids,
+            windows=self._window_batch(request_ids, steps, loc, len(guided)),
+            slots=slots,
+            token_index=token_index,
+            positions=positions,
+            place_index=place_index,
+            place_position=place_position,
+            place_token=place_token,
+            place_request=place_request,
+            block_request=block_requests,
+            request_start_loc=None if one_block_each else to_device(request_loc, device)[0].int(),
             guidance=guidance,
         )
 
+    def _window_batch(
+        self, request_ids: list[str], steps: list[Window], loc: np.ndarray, num_copies: int
+    ) -> WindowBatch:
+        """Attention's view of the windows; ``loc`` are their token offsets, ``num_copies`` unconditional ones first."""
+        device = self.store.device
+        num_full = num_copies + sum(window.covers_all for window in steps)
+        num_unstored = num_copies + sum(not window.caches for window in steps)
+        full = paged = slot_mapping = None
+        if num_full:
+            full_loc = loc[: num_full + 1]
+            full = FullWindows(
+                query_start_loc=to_device(full_loc, device)[0].int(),
+                query_start_loc_cpu=full_loc.tolist(),
+                max_query_len=int(np.diff(full_loc).max()),
+            )
+        if num_unstored < num_copies + len(steps):
+            tables = [np.array(self.pages[request_id]) for request_id in request_ids[num_unstored - num_copies :]]
+            spans = [(window.start, window.end) for window in steps[num_unstored - num_copies :]]
+            slot_mapping = to_device(
+                np.concatenate([self._page_slots(table, *span) for table, span in zip(tables, spans, strict=True)]),
+                device,
+            )[0]
+        if num_full < num_copies + len(steps):
+            paged = self._paged_windows(request_ids[num_full - num_copies :], steps[num_full - num_copies :])
+        return WindowBatch(int(loc[num_full]), full, paged, int(loc[num_unstored]), slot_mapping)
 
-def start_loc(length: np.ndarray) -> np.ndarray:
+    def _page_slots(self, table: np.ndarray, start: int, end: int) -> np.ndarray:
+        position = np.arange(start, end)
+        return table[position // self.page_size] * self.page_size + position % self.page_size
+
+    def _paged_windows(self, request_ids: list[str], steps: list[Window]) -> PagedWindows:
+        length = [window.end - window.start for window in steps]
+        num_pages = [-(-window.visible // self.page_size) for window in steps]
+        block_table = np.zeros((len(steps), max(num_pages)), dtype=np.int64)
+        for row, request_id, count in zip(block_table, request_ids, num_pages, strict=True):
+            row[:count] = self.pages[request_id][:count]
+        host = {
+            "query_start_loc": start_loc(length).tolist(),
+            "window_start": [window.start for window in steps],
+            "visible": [window.visible for window in steps],
+            "prefix_len": [window.prefix_length for window in steps],
+            "block_length": [window.block_length for window in steps],
+        }
+        names = list(host)
+        tensors = to_device(*host.values(), self.store.device)
+        return PagedWindows(
+            **{name: tensor.int() for name, tensor in zip(names, tensors, strict=True)},
+            **{f"{name}_cpu": values for name, values in host.items()},
+            block_table=to_device(block_table.ravel(), self.store.device)[0].int().view(block_table.shape),
+            max_query_len=max(length),
+            max_visible=max(host["visible"]),
+        )
+
+
+def start_loc(length: list[int] | np.ndarray) -> np.ndarray:
     """``[0, length[0], length[0] + length[1], ...]``."""
     loc = np.zeros(len(length) + 1, dtype=np.int64)
     np.cumsum(length, out=loc[1:])
@@ -186,6 +264,12 @@ def ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
     return np.repeat(start - start_loc(length)[:-1], length) + np.arange(length.sum())
 
 
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+def to_device(*arrays_and_device: list[int] | np.ndarray | torch.device) -> tuple[torch.Tensor, ...]:
+    """Each array as a tensor on the device, which comes last; int64 except for bool, in one copy for all."""
+    *arrays, device = arrays_and_device
+    if len(arrays) == 1 and getattr(arrays[0], "dtype", None) == np.bool_:
+        return (torch.from_numpy(arrays[0]).to(device),)
+    packed = torch.from_numpy(np.concatenate(arrays, dtype=np.int64) if len(arrays) > 1 else np.asarray(arrays[0], np.int64))
+    if device.type == "cuda":
+        packed = packed.pin_memory().to(device, non_blocking=True)
+    return packed.split([len(array) for array in arrays])

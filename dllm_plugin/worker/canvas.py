@@ -1,34 +1,44 @@
 """Per-request state on the device, indexed by slot: the sequence, which positions are masked, how it is decoded."""
 
+from dataclasses import dataclass
+
 import torch
 
-from dllm_plugin.params import DREAM_POLICIES, REMASKING_POLICIES
+from dllm_plugin.params import DREAM_POLICIES, HOLE, REMASKING_POLICIES
 from dllm_plugin.scheduler.output import Canvas
 
 _MIN_SLOTS, _MIN_LENGTH = 16, 256
+
+
+@dataclass(slots=True)
+class Request:
+    """The host's part of a request's state. ``serial`` differs for every canvas that was ever laid out."""
+
+    slot: int
+    canvas: Canvas
+    canvas_end: int
+    final_prefix: int  # tokens final and emitted, in sequence positions
+    has_pinned: bool
+    serial: int
 
 
 class CanvasStore:
     """Sequences being denoised. A slot belongs to one request from its first window until it ends or is preempted.
 
     ``tokens`` int32 and ``masked`` bool ``[slots, length]``, both in sequence positions: the prompt first, never
-    masked even where it holds the mask id, then the canvas; what lies behind the canvas counts as masked, so that no
-    final prefix reaches it. Both grow to what is asked of them. The other tensors are ``[slots]``, or ``[slots, 2]``
+    masked even where it holds the mask id, then the canvas, then the suffix; what lies behind counts as masked, so that
+    no final prefix reaches it. Both grow to what is asked of them. The other tensors are ``[slots]``, or ``[slots, 2]``
     lists of token ids padded with -1.
     """
 
-    def __init__(
-        self, mask_token_id: int, eos_token_id: int, turn_end_token_id: int, device: torch.device
-    ) -> None:
+    def __init__(self, mask_token_id: int, eos_token_id: int, turn_end_token_id: int, device: torch.device) -> None:
         self.mask_token_id = mask_token_id
         self.eos_token_id = eos_token_id
         self.turn_end_token_id = turn_end_token_id
         self.device = device
-        self.canvases: dict[str, Canvas] = {}
-        self.slot_of: dict[str, int] = {}
-        self.final_prefix: dict[str, int] = {}
-        self.guided_from: dict[str, int] = {}  # where the canvas begins, of requests with guidance
+        self.requests: dict[str, Request] = {}
         self._free: list[int] = []
+        self._num_begun = 0
         self.tokens = torch.empty((0, _MIN_LENGTH), dtype=torch.int32, device=device)
         self.masked = torch.empty((0, _MIN_LENGTH), dtype=torch.bool, device=device)
         # choice
@@ -36,6 +46,7 @@ class CanvasStore:
         self.top_k = torch.empty(0, dtype=torch.int64, device=device)
         self.top_p = torch.empty(0, dtype=torch.float32, device=device)
         self.seed = torch.empty(0, dtype=torch.int64, device=device)
+        self.stop_at = torch.empty(0, dtype=torch.int32, device=device)
         self.no_choice = torch.empty((0, 2), dtype=torch.int64, device=device)
         self.no_mass = torch.empty((0, 2), dtype=torch.int64, device=device)
         self.guidance = torch.empty(0, dtype=torch.float32, device=device)
@@ -46,30 +57,38 @@ class CanvasStore:
         self._grow(_MIN_SLOTS, _MIN_LENGTH)
 
     def begin(self, request_id: str, canvas: Canvas) -> None:
-        """Lay out a canvas of masks after the request's final tokens, in its slot or a free one."""
-        if request_id not in self.slot_of:
+        """Lay out a canvas after the request's final tokens, in its slot or a free one."""
+        if request_id in self.requests:
+            slot = self.requests[request_id].slot
+        else:
             if not self._free:
                 self._grow(2 * len(self.tokens), 0)
-            self.slot_of[request_id] = self._free.pop()
-        slot, start = self.slot_of[request_id], len(canvas.token_ids)
-        end = start + canvas.length
-        self._grow(0, end)
-        self.tokens[slot, :start] = torch.tensor(canvas.token_ids, dtype=torch.int32)
-        self.tokens[slot, start:end] = self.mask_token_id
-        self.masked[slot, :start] = False
-        self.masked[slot, start:] = True
-        self.canvases[request_id] = canvas
-        self.final_prefix[request_id] = start + canvas.num_emitted
-        if canvas.params.cfg_scale > 0:
-            self.guided_from[request_id] = start
+            slot = self._free.pop()
+        start = len(canvas.token_ids)
+        end = start + len(canvas.canvas_ids)
+        sequence = torch.tensor([*canvas.token_ids, *canvas.canvas_ids, *canvas.suffix_ids], dtype=torch.int32)
+        self._grow(0, len(sequence))
+        masked = sequence[start:end] == HOLE
+        sequence[start:end].masked_fill_(masked, self.mask_token_id)
+        self.tokens[slot, : len(sequence)] = sequence
+        self.masked[slot, : len(sequence)] = False
+        self.masked[slot, start:end] = masked
+        self.masked[slot, len(sequence) :] = True
+        self._num_begun += 1
+        self.requests[request_id] = Request(
+            slot=slot,
+            canvas=canvas,
+            canvas_end=end,
+            final_prefix=start + canvas.num_emitted,
+            has_pinned=not bool(masked.all()),
+            serial=self._num_begun,
+        )
         self._set_decoding(slot, canvas)
 
     def free(self, request_id: str) -> None:
         """Give the request's slot back; a request without one is left alone."""
-        if (slot := self.slot_of.pop(request_id, None)) is not None:
-            del self.canvases[request_id], self.final_prefix[request_id]
-            self.guided_from.pop(request_id, None)
-            self._free.append(slot)
+        if (request := self.requests.pop(request_id, None)) is not None:
+            self._free.append(request.slot)
 
     def _set_decoding(self, slot: int, canvas: Canvas) -> None:
         params = canvas.params
@@ -80,6 +99,7 @@ class CanvasStore:
         self.tempered[slot] = dream and sampled
         self.top_k[slot] = canvas.top_k if filtered else 0
         self.top_p[slot] = canvas.top_p if filtered else 1.0
+        self.stop_at[slot] = canvas.eos_token_id
         self.seed[slot] = signed_64_bits(canvas.seed)
         self.guidance[slot] = params.cfg_scale
         self.policy[slot] = REMASKING_POLICIES.index(params.remasking)
@@ -94,8 +114,8 @@ class CanvasStore:
             # ML-GSAI/LLaDA:generate.py assigns -inf to EOS in the noised logits and to the end of turn in the plain
             # ones; at temperature 0 these are one tensor, above it EOS keeps its confidence
             no_mass = [-1 if sampled else eos, turn_end]
-        self.no_choice[slot] = torch.tensor(no_choice)
-        self.no_mass[slot] = torch.tensor(no_mass)
+        self.no_choice[slot] = torch.tensor(no_choice, device=self.device)
+        self.no_mass[slot] = torch.tensor(no_mass, device=self.device)
 
     def _grow(self, num_slots: int, length: int) -> None:
         old_slots, old_length = self.tokens.shape

@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.utils import allocate_kv_cache
 
-from dllm_plugin.attention import DiffusionAttention, WindowBatch
+from dllm_plugin.attention import DiffusionAttention, FullWindows, WindowBatch
 from dllm_plugin.families import family_of
 from dllm_plugin.kernels import philox
 from dllm_plugin.kernels.confidence import Confidence, confidence
@@ -24,6 +24,7 @@ from dllm_plugin.kernels.filter import filter_top_k_top_p
 from dllm_plugin.kernels.unmask import Unmasked, unmask
 from dllm_plugin.params import REMASKING_POLICIES
 from dllm_plugin.scheduler.output import Canvas, DiffusionModelRunnerOutput, DiffusionSchedulerOutput
+from dllm_plugin.scheduler.window import Window
 from dllm_plugin.worker.batch import BatchBuilder, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
 
@@ -94,11 +95,21 @@ class DiffusionModelRunner:
         hidden_states = self.forward(batch)
         token, ranking = self.choose(hidden_states, batch)
         unmasked = self.unmask(batch, token, ranking)
-        return self.collect(batch, unmasked)
+        return self.collect(batch, scheduler_output.windows, unmasked)
 
     def update_canvases(self, scheduler_output: DiffusionSchedulerOutput) -> None:
+        pages = self.batches.pages
         for request_id in scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set()):
             self.state.free(request_id)
+            pages.pop(request_id, None)
+        for new in scheduler_output.scheduled_new_reqs:
+            pages[new.req_id] = list(new.block_ids[0])
+        cached = scheduler_output.scheduled_cached_reqs
+        for request_id, block_ids in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if request_id in cached.resumed_req_ids:
+                pages[request_id] = list(block_ids[0])
+            elif block_ids is not None:
+                pages[request_id] += block_ids[0]
         for request_id, canvas in scheduler_output.canvases.items():
             self.state.begin(request_id, canvas)
 
@@ -110,8 +121,7 @@ class DiffusionModelRunner:
 
     def choose(self, hidden_states: torch.Tensor, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Token of every row, and the confidence its position is ranked by: ``[rows]`` each."""
-        canvases = [self.state.canvases[request_id] for request_id in batch.request_ids]
-        needs = Needs.of(canvases)
+        needs = Needs.of(self.state.requests[request_id].canvas for request_id in batch.request_ids)
         num_rows = len(batch.row_token)
         chunk = max(1, LOGITS_CHUNK_BYTES // (self.model.num_embeddings * hidden_states.element_size()))
         parts = []
@@ -131,7 +141,7 @@ class DiffusionModelRunner:
         source, request = batch.row_token[rows], batch.row_request[rows]
         logits = self.model.compute_logits(hidden_states[source])
         if (guidance := batch.layout.guidance) is not None:
-            unconditional = self.model.compute_logits(hidden_states[source + guidance.distance[request]])
+            unconditional = self.model.compute_logits(hidden_states[source - guidance.distance[request]])
             scale = self.state.guidance[batch.slots[request]][:, None].to(logits.dtype)
             guided = unconditional + (scale + 1) * (logits - unconditional)
             logits = torch.where(guidance.guided[request][:, None], guided, logits)
@@ -164,6 +174,8 @@ class DiffusionModelRunner:
         for policy in needs.policies:
             if policy in ("random", "origin"):
                 rankings[policy] = philox.uniform(seed, position, step, stream=philox.UNIFORM)
+            elif policy == "sequential":
+                rankings[policy] = -position.float()
             else:
                 rankings[policy] = ranking_confidence(policy, statistics)
         first, *others = needs.policies
@@ -191,43 +203,63 @@ class DiffusionModelRunner:
     def unmask(self, batch: StepBatch, token: torch.Tensor, ranking: torch.Tensor) -> Unmasked:
         """Write the tokens of the best-ranked rows into their canvases."""
         state = self.state
-        random_order = any(state.canvases[request_id].params.alg_temp > 0 for request_id in batch.request_ids)
+        requests = [state.requests[request_id] for request_id in batch.request_ids]
+        random_order = any(request.canvas.params.alg_temp > 0 for request in requests)
+        block_request = batch.layout.block_request
         return unmask(
             state.tokens,
             state.masked,
             slot=batch.slots,
+            request_start_loc=batch.layout.request_start_loc,
             segment_start_loc=batch.row_start_loc,
             row_position=batch.row_position,
             token=token,
             confidence=ranking,
             quota=batch.quota,
             threshold=batch.threshold,
-            alg_temp=state.alg_temp[batch.slots] if random_order else None,
-            seed=state.seed[batch.slots] if random_order else None,
-            step=batch.step if random_order else None,
+            factor=batch.factor,
+            alg_temp=state.alg_temp[batch.slots[block_request]] if random_order else None,
+            seed=state.seed[batch.slots[block_request]] if random_order else None,
+            step=batch.step[block_request] if random_order else None,
             final_prefix=batch.final_prefix,
             eos_token_id=torch.full_like(batch.final_prefix, -1),  # vLLM's scheduler looks for the end of a response
         )
 
-    def collect(self, batch: StepBatch, unmasked: Unmasked) -> DiffusionModelRunnerOutput:
+    def collect(self, batch: StepBatch, windows: dict[str, Window], unmasked: Unmasked) -> DiffusionModelRunnerOutput:
         """Read what the host needs in one copy: masks left, and the tokens by which each final prefix grew."""
-        num_requests, length = len(batch.request_ids), self.state.tokens.shape[1]
+        state, num_requests = self.state, len(batch.request_ids)
         column = batch.final_prefix[:, None] + torch.arange(batch.max_emitted, device=self.device)
-        tail = self.state.tokens[batch.slots[:, None], column.clamp_(max=length - 1)]
-        numbers = torch.cat((unmasked.remaining, unmasked.final_prefix, tail.flatten())).tolist()
-        remaining, final_prefix = numbers[:num_requests], numbers[num_requests : 2 * num_requests]
-        new_tokens = []
+        tail = state.tokens[batch.slots[:, None], column.clamp_(max=state.tokens.shape[1] - 1)]
+        numbers = [unmasked.remaining, unmasked.final_prefix, tail.flatten()]
+        pipelined = any(window.block_length for window in windows.values())
+        if pipelined:
+            numbers.append(self.eos_is_taken(batch))
+        *numbers, eos_is_taken = torch.cat(numbers).split(
+            [len(unmasked.remaining), num_requests, tail.numel(), num_requests if pipelined else 0]
+        )
+        remaining, final_prefix, tokens = (part.tolist() for part in numbers)
+        sampled_token_ids, num_masked, first_block = [], {}, 0
         for i, request_id in enumerate(batch.request_ids):
-            first = 2 * num_requests + i * batch.max_emitted
-            num_new = max(0, final_prefix[i] - self.state.final_prefix[request_id])
-            new_tokens.append(numbers[first : first + num_new])
-            self.state.final_prefix[request_id] += num_new
+            request, num_blocks = state.requests[request_id], len(windows[request_id].blocks)
+            num_masked[request_id] = remaining[first_block : first_block + num_blocks]
+            first_block += num_blocks
+            num_new = max(0, min(final_prefix[i], request.canvas_end) - request.final_prefix)
+            sampled_token_ids.append(tokens[i * batch.max_emitted :][:num_new])
+            request.final_prefix += num_new
         return DiffusionModelRunnerOutput(
             req_ids=batch.request_ids,
             req_id_to_index={request_id: i for i, request_id in enumerate(batch.request_ids)},
-            sampled_token_ids=new_tokens,
-            num_masked=dict(zip(batch.request_ids, remaining, strict=True)),
+            sampled_token_ids=sampled_token_ids,
+            num_masked=num_masked,
+            eos_is_taken={batch.request_ids[i] for i, taken in enumerate(eos_is_taken.tolist()) if taken},
         )
+
+    def eos_is_taken(self, batch: StepBatch) -> torch.Tensor:
+        """``[requests]`` int32: 1 where an active block holds the request's EOS, masks before it or not."""
+        layout, state = batch.layout, self.state
+        tokens, masked = state.tokens.view(-1)[layout.place_index], state.masked.view(-1)[layout.place_index]
+        ends = (tokens == state.stop_at[layout.slots[layout.place_request]]) & ~masked
+        return torch.zeros_like(batch.final_prefix).index_put_((layout.place_request,), ends.int(), accumulate=True)
 
     # ---- what vLLM's workers ask of a model runner
 
@@ -264,6 +296,7 @@ class DiffusionModelRunner:
             caches = allocate_kv_cache(kv_cache_config, self.device, layout)
         for name, layer in self.attention_layers.items():
             layer.bind_kv_cache(caches[name])
+        self.batches.page_size = next(iter(self.attention_layers.values())).key_cache.shape[1]
         self.kv_caches = list(caches.values())
 
     @torch.inference_mode()
@@ -272,14 +305,14 @@ class DiffusionModelRunner:
         num_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
         length = min(num_tokens, self.model_config.max_model_len)
         query_start_loc = [*range(0, num_tokens, length), num_tokens]
-        windows = WindowBatch(
+        full = FullWindows(
             query_start_loc=torch.tensor(query_start_loc, dtype=torch.int32, device=self.device),
             query_start_loc_cpu=query_start_loc,
             max_query_len=length,
         )
         input_ids = torch.full((num_tokens,), self.state.mask_token_id, dtype=torch.int32, device=self.device)
         positions = torch.arange(num_tokens, device=self.device) % length
-        with set_forward_context(windows, self.vllm_config, num_tokens=num_tokens):
+        with set_forward_context(WindowBatch(num_tokens, full), self.vllm_config, num_tokens=num_tokens):
             hidden_states = self.model(input_ids, positions)
         chunk = max(1, LOGITS_CHUNK_BYTES // (self.model.num_embeddings * hidden_states.element_size()))
         confidence(self.model.compute_logits(hidden_states[:chunk]), margin=True, entropy=True)
@@ -316,7 +349,7 @@ class DiffusionModelRunner:
     def shutdown(self) -> None:
         self.kv_caches = []
         for layer in self.attention_layers.values():
-            layer.bind_kv_cache(torch.empty(0))
+            del layer.key_cache, layer.value_cache
 
 
 def ranking_confidence(policy: str, statistics: Confidence) -> torch.Tensor:
