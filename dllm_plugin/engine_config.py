@@ -67,10 +67,6 @@ def refuse_what_does_not_fit(vllm_config: "VllmConfig") -> None:
             "KV connectors assume causal attention; remove --kv-transfer-config",
         ),
         (
-            vllm_config.lora_config is not None,
-            "LoRA adapters are not supported yet; merge the adapter into the checkpoint and remove --enable-lora",
-        ),
-        (
             parallel.worker_cls not in ("auto", WORKER),
             f"{model.architecture} is served by {WORKER}, got worker_cls={parallel.worker_cls!r}; remove --worker-cls",
         ),

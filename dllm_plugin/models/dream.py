@@ -10,7 +10,6 @@ class DreamForDiffusionLM(DiffusionLM):
     The logits at position i predict token i + 1; the family says so, and the batch is built accordingly.
     """
 
-    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
     names = WeightNames(
         layer="model.layers",
         in_layer={

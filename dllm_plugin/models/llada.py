@@ -7,7 +7,6 @@ from dllm_plugin.models.transformer import DiffusionLM, Shape, WeightNames
 class LLaDAForDiffusionLM(DiffusionLM):
     """LLaDA-8B Base, Instruct, 1.5 and iLLaDA. No bias anywhere, RoPE in float32, logits predict their own position."""
 
-    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["ff_proj", "up_proj"]}
     names = WeightNames(
         layer="model.transformer.blocks",
         in_layer={

@@ -8,7 +8,7 @@ places than the reference code, and a token is decided by the last bit of a conf
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,8 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVPar
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
-from vllm.model_executor.models.utils import maybe_prefix
+from vllm.model_executor.models.interfaces import SupportsLoRA
+from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 
 from dllm_plugin.attention import DiffusionAttention
 
@@ -181,16 +182,38 @@ class WeightNames:
             return (f"blocks.{match[1]}.{target}.{kind}", shard) if target else ("", None)
         return (f"{self.outside[module]}.{kind}", None) if module in self.outside else ("", None)
 
+    @property
+    def mapper(self) -> WeightsMapper:
+        """The same mapping for vLLM, which renames the modules that adapters and quantization configs speak of.
+
+        A shard of a stacked projection keeps a name of its own there (``q_proj``), as `packed_modules_mapping` lists.
+        """
+        shard_names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", 0: "gate_proj", 1: "up_proj"}
+        patterns = {
+            rf"^{re.escape(self.layer)}\.(\d+)\.{re.escape(leaf)}(?=\.|$)": rf"decoder.blocks.\1.{shard_names.get(shard, ours)}"
+            for leaf, (ours, shard) in self.in_layer.items()
+        }
+        patterns |= {rf"^{re.escape(module)}(?=\.|$)": f"decoder.{ours}" for module, ours in self.outside.items()}
+        return WeightsMapper(orig_to_new_regex={re.compile(pattern): new for pattern, new in patterns.items()})
+
     def tensors_of(self, num_layers: int) -> Iterable[str]:
         """Every name `locate` knows, weights and biases alike."""
         modules = [*self.outside, *(f"{self.layer}.{i}.{leaf}" for i in range(num_layers) for leaf in self.in_layer)]
         return (f"{module}.{kind}" for module in modules for kind in ("weight", "bias"))
 
 
-class DiffusionLM(nn.Module):
+class DiffusionLM(nn.Module, SupportsLoRA):
     """What vLLM asks of a model, for a family given by its tensor ``names`` and the `Shape` its config describes."""
 
     names: WeightNames
+    hf_to_vllm_mapper: WeightsMapper
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    def __init_subclass__(cls) -> None:
+        cls.hf_to_vllm_mapper = cls.names.mapper
 
     @staticmethod
     def shape_of(config: Any) -> Shape:
@@ -199,7 +222,8 @@ class DiffusionLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.quant_config = vllm_config.quant_config
-        shape = self.shape_of(vllm_config.model_config.hf_config)
+        self.config = vllm_config.model_config.hf_config  # vLLM's LoRA manager reads it
+        shape = self.shape_of(self.config)
         self.decoder = Decoder(shape, vllm_config, prefix=maybe_prefix(prefix, "decoder"))
 
     @property

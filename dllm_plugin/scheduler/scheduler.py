@@ -131,6 +131,11 @@ class DiffusionScheduler(Scheduler):
                 f"prompt, canvas and suffix must fit max_model_len {self.max_model_len}: {num_prompt} tokens of prompt "
                 f"and {len(suffix_ids)} of diffusion_suffix leave no room"
             )
+        if params.cfg_scale > 0 and request.lora_request and 2 * limit > self.max_num_scheduled_tokens:
+            raise ValueError(
+                f"diffusion_cfg_scale with a LoRA adapter forwards up to {2 * limit} tokens at once, and vLLM's adapters "
+                f"take {self.max_num_scheduled_tokens}; raise --max-num-batched-tokens"
+            )
         seed = request.sampling_params.seed
         return Denoising(
             plan=make_plan(params, num_prompt, limit, self.shift, len(suffix_ids)),

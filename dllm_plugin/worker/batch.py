@@ -31,6 +31,8 @@ class Layout:
 
     key: tuple[object, ...]
     request_ids: list[str]
+    window_request: np.ndarray  # [windows] on the host, index into the requests; copies first
+    window_length: np.ndarray  # [windows] on the host
     windows: WindowBatch
     slots: torch.Tensor  # [requests]
     token_index: torch.Tensor  # [tokens], into the flattened store
@@ -49,6 +51,7 @@ class StepBatch:
     """A layout with what changes from step to step. Rows are the places still masked; only they get logits."""
 
     layout: Layout
+    num_rows: list[int]  # of each request
     max_emitted: int  # no final prefix can have grown by more
     # on the device
     input_ids: torch.Tensor  # [tokens] int32
@@ -102,6 +105,7 @@ class BatchBuilder:
         ends = [r.canvas_end if r.has_pinned else w.blocks[-1].end for r, w in zip(requests, steps, strict=True)]
         return StepBatch(
             layout=layout,
+            num_rows=[sum(block.num_masked for block in window.blocks) for window in steps],
             max_emitted=max(end - request.final_prefix for end, request in zip(ends, requests, strict=True)),
             input_ids=input_ids,
             row_token=layout.place_token[row_place],
@@ -185,6 +189,8 @@ class BatchBuilder:
         return Layout(
             key=key,
             request_ids=request_ids,
+            window_request=of,
+            window_length=length,
             windows=self._window_batch(request_ids, steps, loc, len(guided)),
             slots=slots,
             token_index=token_index,

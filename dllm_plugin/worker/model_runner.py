@@ -25,6 +25,7 @@ from dllm_plugin.kernels.unmask import Unmasked, unmask
 from dllm_plugin.params import REMASKING_POLICIES
 from dllm_plugin.scheduler.output import Canvas, DiffusionModelRunnerOutput, DiffusionSchedulerOutput
 from dllm_plugin.scheduler.window import Window
+from dllm_plugin.worker.adapters import AdapterMixin
 from dllm_plugin.worker.batch import BatchBuilder, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
 
@@ -58,7 +59,7 @@ class Needs:
         return self.sampling or "random" in self.policies or "origin" in self.policies
 
 
-class DiffusionModelRunner:
+class DiffusionModelRunner(AdapterMixin):
     """Runs the model on the scheduler's windows and keeps the canvases. The same code on CPU and CUDA."""
 
     is_pooling_model = False
@@ -116,6 +117,8 @@ class DiffusionModelRunner:
     def forward(self, batch: StepBatch) -> torch.Tensor:
         """Hidden states ``[tokens, hidden_size]``."""
         self.num_forward_passes += 1
+        if self.lora_config:
+            self.activate_adapters(batch)
         with set_forward_context(batch.layout.windows, self.vllm_config, num_tokens=len(batch.input_ids)):
             return self.model(batch.input_ids, batch.layout.positions)
 
@@ -269,6 +272,8 @@ class DiffusionModelRunner:
         with DeviceMemoryProfiler(self.device) as memory:
             loader = get_model_loader(self.load_config)
             self.model = loader.load_model(vllm_config=self.vllm_config, model_config=self.model_config)
+            if self.lora_config:
+                self.model = self.load_lora_model(self.model, self.vllm_config, self.device)
         self.model_memory_usage = memory.consumed_memory
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
@@ -326,9 +331,6 @@ class DiffusionModelRunner:
     def update_max_model_len(self, max_model_len: int) -> None:
         self.model_config.max_model_len = max_model_len
 
-    def list_loras(self) -> set[int]:
-        return set()
-
     def take_draft_token_ids(self) -> None:
         return None
 
@@ -341,10 +343,6 @@ class DiffusionModelRunner:
     def reset_mm_cache(self) -> None: ...
 
     def reset_encoder_cache(self) -> None: ...
-
-    def reset_lora_state(self) -> None: ...
-
-    def maybe_remove_all_loras(self, lora_config: Any) -> None: ...
 
     def shutdown(self) -> None:
         self.kv_caches = []

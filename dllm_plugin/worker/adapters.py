@@ -1,0 +1,49 @@
+"""LoRA adapters of a batch of windows, by vLLM's own LoRA layers and manager."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
+from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+from dllm_plugin.worker.batch import StepBatch
+from dllm_plugin.worker.canvas import CanvasStore
+
+# vLLM's LoRA kernels for CPU look a token without adapter up under index -1, which is the last adapter (0.32, 0.33:
+# lora/ops/torch_ops/lora_ops.py). There such tokens get an adapter of zeros, in a slot of its own.
+NO_ADAPTER = LoRARequest("dllm_plugin_no_adapter", 2**31 - 1, "/no/adapter")
+
+
+class AdapterMixin(LoRAModelRunnerMixin):
+    """What a model runner needs to serve several adapters, and none, in one batch."""
+
+    state: CanvasStore
+
+    def load_lora_model(self, model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
+        if not current_platform.is_cpu():
+            return super().load_lora_model(model, vllm_config, device)
+        lora = vllm_config.lora_config
+        config = copy.copy(vllm_config)
+        config.lora_config = replace(lora, max_loras=lora.max_loras + 1, max_cpu_loras=lora.max_cpu_loras + 1)
+        model = super().load_lora_model(model, config, device)
+        self.lora_manager.add_dummy_lora(NO_ADAPTER, rank=8)
+        self.lora_manager.pin_adapter(NO_ADAPTER.lora_int_id)
+        return model
+
+    def activate_adapters(self, batch: StepBatch) -> None:
+        """Tell vLLM's LoRA layers which adapter each token, and each row of logits, belongs to."""
+        adapters = [self.state.requests[request_id].canvas.lora_request for request_id in batch.request_ids]
+        if current_platform.is_cpu() and any(adapters):
+            adapters = [adapter or NO_ADAPTER for adapter in adapters]
+        ids = np.array([adapter.lora_int_id if adapter else 0 for adapter in adapters])
+        of_token = ids[np.repeat(batch.layout.window_request, batch.layout.window_length)]
+        of_row = np.repeat(ids, batch.num_rows)
+        self._set_active_loras(tuple(of_row.tolist()), tuple(of_token.tolist()), {a for a in adapters if a})
+
+    def list_loras(self) -> set[int]:
+        return super().list_loras() - {NO_ADAPTER.lora_int_id} if self.lora_config else set()
