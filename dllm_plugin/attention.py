@@ -88,9 +88,7 @@ class DiffusionAttention(nn.Module, AttentionLayerBase):
     It registers itself under ``prefix`` in vLLM's forward context, which gives it pages of the KV cache.
     """
 
-    def __init__(
-        self, num_heads: int, num_kv_heads: int, head_size: int, vllm_config: VllmConfig, prefix: str
-    ) -> None:
+    def __init__(self, num_heads: int, num_kv_heads: int, head_size: int, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads

@@ -53,8 +53,8 @@ class DiffusionParams:
 
 DESCRIPTIONS: dict[str, str] = {
     "steps": "denoising steps of a canvas; default: one a position; raised to one a block. Unused with a threshold",
-    "block_length": "the canvas is unmasked block after block of this many positions; default: all one block, 32 for d2f",
-    "canvas_length": "masked positions laid out at once, at most max_tokens; a longer answer goes on in a further canvas",
+    "block_length": "the canvas is unmasked block after block of this many positions; default: all of it, for d2f 32",
+    "canvas_length": "masked positions laid out at once, at most max_tokens; a longer answer takes another canvas",
     "remasking": "how positions are ranked, and whose algorithm that is; default: low_confidence, for Dream origin",
     "threshold": "unmask every position whose probability is above it, at least one a step",
     "factor": "unmask the k most probable positions while p_k >= 1 - factor / (k + 1), at least one a step",
@@ -96,7 +96,8 @@ class _Rule:
         kind = "an integer" if self.kind is int else "a finite number"
         if math.isinf(self.high):
             return f"{kind} {'greater than' if self.low_excluded else 'of at least'} {self.low:g}"
-        return f"{kind} in {'(' if self.low_excluded else '['}{self.low:g}, {self.high:g}{')' if self.high_excluded else ']'}"
+        left, right = "(" if self.low_excluded else "[", ")" if self.high_excluded else "]"
+        return f"{kind} in {left}{self.low:g}, {self.high:g}{right}"
 
     def accepts(self, value: Any) -> bool:
         if self.choices:
@@ -198,7 +199,9 @@ def _given(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
             _check(key, name, value)
             given[name] = value
         elif key.lower().startswith("diffusion") or name in RULES or _nearest(key, _keys(), cutoff=0.8):
-            raise ValueError(f"unknown diffusion parameter {key!r}{_nearest(key, _keys())}; known: {', '.join(_keys())}")
+            raise ValueError(
+                f"unknown diffusion parameter {key!r}{_nearest(key, _keys())}; known: {', '.join(_keys())}"
+            )
     return given
 
 
@@ -259,7 +262,9 @@ def _settle(params: DiffusionParams, given: Mapping[str, Any]) -> DiffusionParam
 
 
 def _replace(params: DiffusionParams, given: Mapping[str, Any]) -> DiffusionParams:
-    return replace(params, **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    return replace(
+        params, **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    )
 
 
 def _keys() -> list[str]:

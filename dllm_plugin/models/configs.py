@@ -20,14 +20,14 @@ class _StrictConfig(PretrainedConfig):
     def __init__(self, **kwargs: Any) -> None:
         if missing := [key for key in self.required_keys if key not in kwargs]:
             raise ValueError(
-                f"config.json of this {self.model_type!r} model lacks {', '.join(missing)}; no default can stand in for "
-                "a structural key: take config.json from the published checkpoint"
+                f"config.json of this {self.model_type!r} model lacks {', '.join(missing)}; no default can stand in "
+                "for a structural key: take config.json from the published checkpoint"
             )
         for key, supported in self.supported_values.items():
             if key in kwargs and kwargs[key] not in supported:
                 raise ValueError(
                     f"config.json has {key}={kwargs[key]!r}, and the {self.model_type!r} adapter supports "
-                    f"{' or '.join(map(repr, supported))} only; a checkpoint with another structure needs its own adapter"
+                    f"only {' or '.join(map(repr, supported))}; another structure needs an adapter of its own"
                 )
         super().__init__(**kwargs)
 

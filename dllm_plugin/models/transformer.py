@@ -48,7 +48,7 @@ class Shape:
 
 
 class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x²) + eps)`` in float32, rounded to the dtype of ``x``, then times the weight (HF Llama order)."""
+    """``x / sqrt(mean(x²) + eps)`` in float32, rounded to the dtype of ``x``, then times the weight: HF Llama's order."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -98,9 +98,7 @@ class Block(nn.Module):
         self.attention = DiffusionAttention(
             self.num_heads, self.num_kv_heads, head_size, vllm_config, prefix=f"{prefix}.attention"
         )
-        self.o_proj = RowParallelLinear(
-            size, size, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
-        )
+        self.o_proj = RowParallelLinear(size, size, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj")
         self.post_attention_norm = RMSNorm(size, shape.norm_eps)
         self.gate_up_proj = MergedColumnParallelLinear(
             size, [shape.intermediate_size] * 2, bias=False, quant_config=quant_config, prefix=f"{prefix}.gate_up_proj"
@@ -190,7 +188,9 @@ class WeightNames:
         """
         shard_names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", 0: "gate_proj", 1: "up_proj"}
         patterns = {
-            rf"^{re.escape(self.layer)}\.(\d+)\.{re.escape(leaf)}(?=\.|$)": rf"decoder.blocks.\1.{shard_names.get(shard, ours)}"
+            rf"^{re.escape(self.layer)}\.(\d+)\.{re.escape(leaf)}(?=\.|$)": (
+                rf"decoder.blocks.\1.{shard_names.get(shard, ours)}"
+            )
             for leaf, (ours, shard) in self.in_layer.items()
         }
         patterns |= {rf"^{re.escape(module)}(?=\.|$)": f"decoder.{ours}" for module, ours in self.outside.items()}

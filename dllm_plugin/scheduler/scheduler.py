@@ -55,7 +55,9 @@ class DiffusionScheduler(Scheduler):
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
             try:
-                denoising = self._begin_denoising(request, parse_request(request.sampling_params.extra_args, self.defaults))
+                denoising = self._begin_denoising(
+                    request, parse_request(request.sampling_params.extra_args, self.defaults)
+                )
             except ValueError as error:
                 # only known with prompt and model at hand; an exception here would end the engine for everyone, so
                 # the request runs a step without what is wrong and vLLM then ends it with finish_reason "error"
@@ -133,8 +135,8 @@ class DiffusionScheduler(Scheduler):
             )
         if params.cfg_scale > 0 and request.lora_request and 2 * limit > self.max_num_scheduled_tokens:
             raise ValueError(
-                f"diffusion_cfg_scale with a LoRA adapter forwards up to {2 * limit} tokens at once, and vLLM's adapters "
-                f"take {self.max_num_scheduled_tokens}; raise --max-num-batched-tokens"
+                f"diffusion_cfg_scale with a LoRA adapter forwards up to {2 * limit} tokens at once, and vLLM's "
+                f"adapters take {self.max_num_scheduled_tokens}; raise --max-num-batched-tokens"
             )
         seed = request.sampling_params.seed
         return Denoising(
@@ -147,7 +149,9 @@ class DiffusionScheduler(Scheduler):
         if not isinstance(params.suffix, str):
             return list(params.suffix)
         if self.vllm_config.model_config.skip_tokenizer_init:
-            raise ValueError("diffusion_suffix as text needs a tokenizer, and skip_tokenizer_init is set; give token ids")
+            raise ValueError(
+                "diffusion_suffix as text needs a tokenizer, and skip_tokenizer_init is set; give token ids"
+            )
         tokenizer = cached_tokenizer_from_config(self.vllm_config.model_config)
         return tokenizer.encode(params.suffix, add_special_tokens=False)
 

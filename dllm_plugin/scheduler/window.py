@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -215,7 +216,7 @@ class BlockwisePlan(Plan):
             steps = math.ceil(steps * self.canvas_length / first_length)  # a shorter last canvas keeps the pace
         lengths, self._steps = split_blocks(self.canvas_length, self.params.block_length, steps)
         edges = np.cumsum([self.canvas_start, *lengths]).tolist()
-        self._blocks = list(zip(edges[:-1], edges[1:], strict=True))
+        self._blocks = list(pairwise(edges))
         holes = self.params.template or (HOLE,) * self.canvas_length
         begin = self.canvas_start
         self._masks = [sum(token == HOLE for token in holes[a - begin : b - begin]) for a, b in self._blocks]
@@ -269,9 +270,7 @@ class BlockwisePlan(Plan):
         return self._num_masked + sum(self._masks[self._block + 1 :])
 
 
-def make_plan(
-    params: DiffusionParams, prompt_length: int, limit: int, shift: int = 0, num_suffix: int = 0
-) -> Plan:
+def make_plan(params: DiffusionParams, prompt_length: int, limit: int, shift: int = 0, num_suffix: int = 0) -> Plan:
     """The plan of a request's strategy."""
     from dllm_plugin.scheduler.d2f import D2FPlan
 

@@ -128,7 +128,10 @@ class BatchBuilder:
         store = self.store
         key = (
             store.tokens.shape[1],
-            *((store.requests[i].serial, w.start, w.end, tuple((b.start, b.end) for b in w.blocks)) for i, w in windows.items()),
+            *(
+                (store.requests[i].serial, w.start, w.end, tuple((b.start, b.end) for b in w.blocks))
+                for i, w in windows.items()
+            ),
         )
         if self._layout is None or self._layout.key != key:
             self._layout = self._new_layout(key, windows)
@@ -174,16 +177,18 @@ class BatchBuilder:
                 guided=to_device(distance > 0, device)[0],
             )
         one_block_each = len(blocks) == num_requests
-        token_index, positions, place_index, place_position, place_token, place_request, slots, block_requests = to_device(
-            np.repeat(slot[of] * stride, length) + position,
-            position,
-            slot[place_request] * stride + place_position,
-            place_position,
-            ranges(first_token, block_length),
-            place_request,
-            slot,
-            block_request,
-            device,
+        token_index, positions, place_index, place_position, place_token, place_request, slots, block_requests = (
+            to_device(
+                np.repeat(slot[of] * stride, length) + position,
+                position,
+                slot[place_request] * stride + place_position,
+                place_position,
+                ranges(first_token, block_length),
+                place_request,
+                slot,
+                block_request,
+                device,
+            )
         )
         request_loc = start_loc([len(window.blocks) for window in steps])
         return Layout(
@@ -275,7 +280,9 @@ def to_device(*arrays_and_device: list[int] | np.ndarray | torch.device) -> tupl
     *arrays, device = arrays_and_device
     if len(arrays) == 1 and getattr(arrays[0], "dtype", None) == np.bool_:
         return (torch.from_numpy(arrays[0]).to(device),)
-    packed = torch.from_numpy(np.concatenate(arrays, dtype=np.int64) if len(arrays) > 1 else np.asarray(arrays[0], np.int64))
+    packed = torch.from_numpy(
+        np.concatenate(arrays, dtype=np.int64) if len(arrays) > 1 else np.asarray(arrays[0], np.int64)
+    )
     if device.type == "cuda":
         packed = packed.pin_memory().to(device, non_blocking=True)
     return packed.split([len(array) for array in arrays])
