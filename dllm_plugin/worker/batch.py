@@ -93,9 +93,9 @@ class BatchBuilder:
         requests = [store.requests[request_id] for request_id in layout.request_ids]
         steps = [windows[request_id] for request_id in layout.request_ids]
         blocks = [block for window in steps for block in window.blocks]
-        step, final_prefix = to_device([w.step for w in steps], [r.final_prefix for r in requests], store.device)
+        step, final_prefix = to_device(store.device, [w.step for w in steps], [r.final_prefix for r in requests])
         masks = [block.num_masked for block in blocks]
-        quota, row_loc = to_device([block.quota for block in blocks], start_loc(masks), store.device)
+        quota, row_loc = to_device(store.device, [block.quota for block in blocks], start_loc(masks))
 
         input_ids = store.tokens.view(-1)[layout.token_index]
         if (guidance := layout.guidance) is not None:
@@ -170,15 +170,19 @@ class BatchBuilder:
             canvas_start = [len(requests[i].canvas.token_ids) for i in guided]
             distance = np.zeros(num_requests, dtype=np.int64)
             distance[guided] = window_loc[guided] - loc[: len(guided)]
+            hidden, distances = to_device(
+                device, position[:num_copied] < np.repeat(canvas_start, length[: len(guided)]), distance
+            )
             guidance = Guidance(
                 num_tokens=num_copied,
-                hidden=to_device(position[:num_copied] < np.repeat(canvas_start, length[: len(guided)]), device)[0],
-                distance=to_device(distance, device)[0],
-                guided=to_device(distance > 0, device)[0],
+                hidden=hidden.bool(),
+                distance=distances,
+                guided=distances > 0,
             )
         one_block_each = len(blocks) == num_requests
         token_index, positions, place_index, place_position, place_token, place_request, slots, block_requests = (
             to_device(
+                device,
                 np.repeat(slot[of] * stride, length) + position,
                 position,
                 slot[place_request] * stride + place_position,
@@ -187,10 +191,9 @@ class BatchBuilder:
                 place_request,
                 slot,
                 block_request,
-                device,
             )
         )
-        request_loc = start_loc([len(window.blocks) for window in steps])
+        (request_loc,) = to_device(device, start_loc([len(window.blocks) for window in steps]))
         return Layout(
             key=key,
             request_ids=request_ids,
@@ -205,7 +208,7 @@ class BatchBuilder:
             place_token=place_token,
             place_request=place_request,
             block_request=block_requests,
-            request_start_loc=None if one_block_each else to_device(request_loc, device)[0].int(),
+            request_start_loc=None if one_block_each else request_loc.int(),
             guidance=guidance,
         )
 
@@ -218,19 +221,13 @@ class BatchBuilder:
         num_unstored = num_copies + sum(not window.caches for window in steps)
         full = paged = slot_mapping = None
         if num_full:
-            full_loc = loc[: num_full + 1]
-            full = FullWindows(
-                query_start_loc=to_device(full_loc, device)[0].int(),
-                query_start_loc_cpu=full_loc.tolist(),
-                max_query_len=int(np.diff(full_loc).max()),
-            )
+            (full_loc,) = to_device(device, loc[: num_full + 1])
+            full = FullWindows(full_loc.int(), loc[: num_full + 1].tolist(), int(np.diff(loc[: num_full + 1]).max()))
         if num_unstored < num_copies + len(steps):
             tables = [np.array(self.pages[request_id]) for request_id in request_ids[num_unstored - num_copies :]]
             spans = [(window.start, window.end) for window in steps[num_unstored - num_copies :]]
-            slot_mapping = to_device(
-                np.concatenate([self._page_slots(table, *span) for table, span in zip(tables, spans, strict=True)]),
-                device,
-            )[0]
+            page_slots = [self._page_slots(table, *span) for table, span in zip(tables, spans, strict=True)]
+            (slot_mapping,) = to_device(device, np.concatenate(page_slots))
         if num_full < num_copies + len(steps):
             paged = self._paged_windows(request_ids[num_full - num_copies :], steps[num_full - num_copies :])
         return WindowBatch(int(loc[num_full]), full, paged, int(loc[num_unstored]), slot_mapping)
@@ -252,12 +249,11 @@ class BatchBuilder:
             "prefix_len": [window.prefix_length for window in steps],
             "block_length": [window.block_length for window in steps],
         }
-        names = list(host)
-        tensors = to_device(*host.values(), self.store.device)
+        *tensors, table = to_device(self.store.device, *host.values(), block_table.ravel())
         return PagedWindows(
-            **{name: tensor.int() for name, tensor in zip(names, tensors, strict=True)},
+            **{name: tensor.int() for name, tensor in zip(host, tensors, strict=True)},
             **{f"{name}_cpu": values for name, values in host.items()},
-            block_table=to_device(block_table.ravel(), self.store.device)[0].int().view(block_table.shape),
+            block_table=table.int().view(block_table.shape),
             max_query_len=max(length),
             max_visible=max(host["visible"]),
         )
@@ -275,14 +271,9 @@ def ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
     return np.repeat(start - start_loc(length)[:-1], length) + np.arange(length.sum())
 
 
-def to_device(*arrays_and_device: list[int] | np.ndarray | torch.device) -> tuple[torch.Tensor, ...]:
-    """Each array as a tensor on the device, which comes last; int64 except for bool, in one copy for all."""
-    *arrays, device = arrays_and_device
-    if len(arrays) == 1 and getattr(arrays[0], "dtype", None) == np.bool_:
-        return (torch.from_numpy(arrays[0]).to(device),)
-    packed = torch.from_numpy(
-        np.concatenate(arrays, dtype=np.int64) if len(arrays) > 1 else np.asarray(arrays[0], np.int64)
-    )
+def to_device(device: torch.device, *arrays: list[int] | np.ndarray) -> tuple[torch.Tensor, ...]:
+    """The arrays as int64 tensors on the device, in one copy."""
+    packed = torch.from_numpy(np.concatenate(arrays, dtype=np.int64, casting="unsafe"))
     if device.type == "cuda":
         packed = packed.pin_memory().to(device, non_blocking=True)
     return packed.split([len(array) for array in arrays])
