@@ -15,6 +15,7 @@ logger = init_logger("vllm." + __name__)
 
 WORKER = "dllm_plugin.worker.DiffusionWorker"
 SCHEDULER = "dllm_plugin.scheduler.scheduler.DiffusionScheduler"
+DEFAULT_CPU_PAGE = 128  # positions in a page of the KV cache, where vLLM chooses
 ADMISSION = "dllm_plugin.admission:DiffusionAdmission"
 
 
@@ -35,6 +36,7 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
         refuse_what_does_not_fit(vllm_config)
         engine_defaults(vllm_config)  # a wrong engine-wide default stops start-up, not the first request
         fit_token_budget(vllm_config)
+        fit_cpu_memory(vllm_config)
         select_components(vllm_config)
         resolve_turn_end(vllm_config)
 
@@ -103,6 +105,25 @@ def fit_token_budget(vllm_config: "VllmConfig") -> None:
         )
     logger.info("Raising max_num_batched_tokens from its default %d to max_model_len %d.", budget, max_model_len)
     scheduler.max_num_batched_tokens = max_model_len
+
+
+def fit_cpu_memory(vllm_config: "VllmConfig") -> None:
+    """On a CPU, where nothing else is said, give the KV cache what the engine can use, and at most 4 GiB.
+
+    vLLM would take 92 % of the machine's memory, which does not even start where something else runs.
+    """
+    from vllm.config import CacheConfig
+    from vllm.platforms import current_platform
+
+    cache, model, parallel = vllm_config.cache_config, vllm_config.model_config, vllm_config.parallel_config
+    unset = cache.kv_cache_memory_bytes is None and cache.num_gpu_blocks_override is None
+    if not (current_platform.is_cpu() and unset and cache.gpu_memory_utilization == CacheConfig.gpu_memory_utilization):
+        return
+    token_bytes = 2 * model.get_num_kv_heads(parallel) * model.get_head_size() * model.dtype.itemsize
+    # pages are whole: the last one of a sequence is counted in full
+    sequence_bytes = token_bytes * model.get_num_layers(parallel) * (model.max_model_len + DEFAULT_CPU_PAGE)
+    most = sequence_bytes * (vllm_config.scheduler_config.max_num_seqs + 1)
+    cache.kv_cache_memory_bytes = max(sequence_bytes * 2, min(most, 4 << 30))
 
 
 def select_components(vllm_config: "VllmConfig") -> None:

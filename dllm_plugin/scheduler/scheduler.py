@@ -122,6 +122,8 @@ class DiffusionScheduler(Scheduler):
 
     def _begin_denoising(self, request: Request, params: DiffusionParams) -> Denoising:
         """Plan and seed of a request. Raises ValueError for what only prompt, tokenizer and vocabulary can tell."""
+        if request.resumable:
+            raise ValueError("a session of streamed prompts is not supported; send one prompt a request")
         suffix_ids = self._suffix_ids(params)
         vocab_size = self.vllm_config.model_config.get_vocab_size()
         if outside := [token for token in (*suffix_ids, *params.template) if token >= vocab_size]:
