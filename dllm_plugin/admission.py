@@ -2,11 +2,28 @@
 
 from typing import Any
 
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from dllm_plugin.compat import V2LogitsProcessor
 from dllm_plugin.params import check_request
+
+
+class DiffusionParameterError(VLLMValidationError, ValueError):
+    """A request asks for what a diffusion model cannot do: a ValueError offline, HTTP 400 online."""
+
+
+class _Refusal(ValueError):
+    """Carries a DiffusionParameterError past vLLM, which replaces a ValueError of ``validate_params``.
+
+    vLLM 0.32 and 0.33 do ``except ValueError as e: raise VLLMValidationError(str(e))``, and that is no ValueError any
+    more. The error raised by ``str(e)`` takes its place.
+    """
+
+    def __str__(self) -> str:
+        raise DiffusionParameterError(self.args[0]) from None
+
 
 # SamplingParams attribute, its neutral values, and what a user can do instead
 _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
@@ -32,12 +49,11 @@ class DiffusionAdmission(LogitsProcessor, V2LogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Raise ValueError, naming rule, value and remedy, for what a diffusion model cannot do."""
-        for name, neutral, remedy in _UNSUPPORTED:
-            value = getattr(sampling_params, name, None)
-            if value is not None and value not in neutral:
-                raise ValueError(f"{name} is not supported with diffusion language models, got {value!r}; {remedy}")
-        check_request(sampling_params.extra_args, sampling_params.max_tokens)
+        """Raise DiffusionParameterError, naming rule, value and remedy, for what a diffusion model cannot do."""
+        try:
+            check_sampling_params(sampling_params)
+        except ValueError as error:
+            raise _Refusal(str(error)) from None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError(f"{type(self).__name__} checks requests and is never instantiated")
@@ -50,3 +66,12 @@ class DiffusionAdmission(LogitsProcessor, V2LogitsProcessor):
 
     def apply(self, logits: Any) -> Any:
         raise NotImplementedError
+
+
+def check_sampling_params(sampling_params: SamplingParams) -> None:
+    """Raise ValueError for a sampling parameter or an extra that a diffusion model cannot honour."""
+    for name, neutral, remedy in _UNSUPPORTED:
+        value = getattr(sampling_params, name, None)
+        if value is not None and value not in neutral:
+            raise ValueError(f"{name} is not supported with diffusion language models, got {value!r}; {remedy}")
+    check_request(sampling_params.extra_args, sampling_params.max_tokens)

@@ -127,6 +127,7 @@ def quiet_vllm() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # vLLM says that Triton has no CPU backend before its own logging is set up
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     warnings.simplefilter("ignore", FutureWarning)
@@ -154,7 +155,8 @@ def answer_questions(llm: "LLM", count: int, max_tokens: int, extras: dict[str, 
     from dllm_plugin.checkpoints.tasks import questions
     from dllm_plugin.metrics import num_forward_passes
 
-    sampling = SamplingParams(temperature=0, max_tokens=max_tokens, extra_args=extras)
+    # Dream takes positions in a random order, at temperature 0 too
+    sampling = SamplingParams(temperature=0, seed=0, max_tokens=max_tokens, extra_args=extras)
     answers = []
     for question in questions("held_out", count, seed=0):
         begin = time.perf_counter()

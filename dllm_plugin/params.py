@@ -75,6 +75,9 @@ DESCRIPTIONS: dict[str, str] = {
 }
 
 
+_MOST = 1_000_000  # no count is larger; far beyond any sequence, so it is not worth a word
+
+
 @dataclass(frozen=True, slots=True)
 class _Rule:
     """Type and range of one parameter; ``choices`` for a name, otherwise bounds."""
@@ -94,7 +97,7 @@ class _Rule:
         if self.kind is str:
             return "a text or a list of token ids, not empty"
         kind = "an integer" if self.kind is int else "a finite number"
-        if math.isinf(self.high):
+        if math.isinf(self.high) or self.high == _MOST:
             return f"{kind} {'greater than' if self.low_excluded else 'of at least'} {self.low:g}"
         left, right = "(" if self.low_excluded else "[", ")" if self.high_excluded else "]"
         return f"{kind} in {left}{self.low:g}, {self.high:g}{right}"
@@ -119,7 +122,7 @@ def _is_number(value: Any, kind: type) -> bool:
     return isinstance(value, wanted) and not isinstance(value, bool) and math.isfinite(value)
 
 
-_COUNT = _Rule(int, 1, 1_000_000)
+_COUNT = _Rule(int, 1, _MOST)
 _SHARE = _Rule(float, 0.0, 1.0)
 RULES: dict[str, _Rule] = {
     "steps": _COUNT,
@@ -134,12 +137,12 @@ RULES: dict[str, _Rule] = {
     "eos_suppression": _Rule(str, choices=EOS_SUPPRESSIONS),
     "max_steps": _COUNT,
     "cache": _Rule(str, choices=CACHE_MODES),
-    "cache_refresh": _Rule(int, 0, 1_000_000),
+    "cache_refresh": _Rule(int, 0, _MOST),
     "strategy": _Rule(str, choices=STRATEGIES),
     "d2f_add_threshold": _SHARE,
     "d2f_complete_threshold": _SHARE,
     "d2f_accept_threshold": _SHARE,
-    "d2f_max_blocks": _Rule(int, 0, 1_000_000),
+    "d2f_max_blocks": _Rule(int, 0, _MOST),
     "suffix": _Rule(str, 0),
     "template": _Rule(list, HOLE),
 }

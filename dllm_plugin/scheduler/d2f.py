@@ -20,7 +20,8 @@ class _Block:
 
     @property
     def progress(self) -> float:
-        return 1 - self.num_masked / (self.end - self.start)
+        # exact where it equals a threshold: 1 - 9 / 10 is less than 0.1
+        return (self.end - self.start - self.num_masked) / (self.end - self.start)
 
 
 class D2FPlan(Plan):
@@ -59,11 +60,12 @@ class D2FPlan(Plan):
             return False
         if not self._open:
             return True
-        room = not params.d2f_max_blocks or len(self._open) < params.d2f_max_blocks
+        first = next((i for i, block in enumerate(self._open) if block.num_masked), len(self._open))
+        room = not params.d2f_max_blocks or len(self._open) - first < params.d2f_max_blocks
         return room and self._open[-1].progress >= params.d2f_add_threshold
 
     def _record(self, num_masked: Sequence[int], eos_is_taken: bool) -> None:
-        if self._steps_are_spent:
+        if self.steps_are_spent:
             self._open, self._next_start = [], self.canvas_end
             return
         self._eos_is_taken |= eos_is_taken

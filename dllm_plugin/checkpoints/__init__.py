@@ -1,0 +1,15 @@
+"""Tiny trained checkpoints that ship with the package, in the Hugging Face formats of the real models.
+
+`examples/train_tiny.py` and `examples/train_tiny_d2f.py` made them; `tasks` holds the questions that they answer.
+"""
+
+from pathlib import Path
+
+NAMES = ("tiny-llada", "tiny-dream", "tiny-d2f")
+
+
+def path(name: str) -> Path:
+    """The folder of the checkpoint `name`, to be given to vLLM as the model."""
+    if name not in NAMES:
+        raise ValueError(f"unknown checkpoint {name!r}; the package has {', '.join(NAMES)}")
+    return Path(__file__).parent / name

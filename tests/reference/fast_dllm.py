@@ -1,0 +1,150 @@
+"""Fast-dLLM's decoding: prefix and dual cache, and steps that unmask whatever is sure enough; with it, infilling.
+
+For LLaDA the published `generate`, `generate_with_prefix_cache` and `generate_with_dual_cache` in one function, line by
+line but for whose turn it is to be forwarded. Deviations beyond those of `decoding`, all deliberate:
+
+- A threshold is passed by what is greater, not by what equals it.
+- No pass is run once a block has no mask left; the published loop runs one more over the finished block.
+- `factor` accepts a last rank only if it passes; the published loop accepts it whatever it is.
+- Confidences are float32, not float64.
+- `cache_refresh` n forwards everything every n steps of a block, not at its first step alone; 1 is no cache at all.
+
+Dream's published cache commits the first token of a block from the full forward pass whatever its confidence, because
+its row is not in the window afterwards. Here the window begins one position early, so every pass has the right row, and
+every step of a block, the first included, follows the request's own algorithm and schedule.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from . import dream, llada
+from .cached_model import CachedModel
+from .decoding import Block, Canvas, Generation, Uniforms, blocks, choose, most_confident
+from .model import ReferenceModel
+
+CACHES = ("none", "prefix", "dual")
+HOLE = -1
+
+
+@dataclass
+class Infilling(Canvas):
+    """A canvas with something behind it, and with positions that are given; `template` has a HOLE for each mask."""
+
+    suffix_ids: Sequence[int] = ()
+    template: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        given = torch.tensor(self.template or [HOLE] * self.gen_length)
+        self.masked = given == HOLE
+        canvas = given.masked_fill(self.masked, self.mask_token_id)
+        self.ids = torch.cat([torch.tensor(self.prompt_ids), canvas, torch.tensor(self.suffix_ids, dtype=torch.long)])
+        self.response = self.ids[len(self.prompt_ids) :][: self.gen_length]  # a view, as in Canvas
+
+    def candidates(self, block: Block) -> Tensor:
+        return block.start + self.masked[block.start : block.end].nonzero()[:, 0]
+
+
+def generate(
+    model: ReferenceModel,
+    prompt_ids: list[int],
+    gen_length: int,
+    steps: int,
+    block_length: int | None = None,
+    *,
+    cache: str = "none",
+    cache_refresh: int = 0,
+    threshold: float | None = None,
+    factor: float | None = None,
+    remasking: str = "low_confidence",
+    eps: float = 1e-3,
+    suffix_ids: Sequence[int] = (),
+    template: Sequence[int] = (),
+    max_steps: int | None = None,
+    uniforms: Uniforms | None = None,
+    stop_ids: Collection[int] = (),
+) -> Generation:
+    """Fills a canvas of gen_length tokens, or the holes of a template, at temperature 0.
+
+    With a `threshold` or a `factor` a pass unmasks as much as that admits, at least one position, and `steps` says
+    nothing; otherwise as much as the schedule of `remasking` says: LLaDA's even shares for "low_confidence", "random"
+    and "sequential" (left to right), Dream's time schedule for its four algorithms. "random" and "origin" take
+    `uniforms`. The pass number `max_steps` unmasks all that is left, and is run over the whole sequence.
+    """
+    if cache not in CACHES:
+        raise ValueError(f"cache is one of {', '.join(CACHES)}, not {cache!r}")
+    canvas = Infilling(prompt_ids, gen_length, model.mask_token_id, stop_ids, suffix_ids=suffix_ids, template=template)
+    before, length = len(prompt_ids), len(canvas.ids)
+    cached = CachedModel(model, length)
+    for block in blocks(gen_length, block_length, max(steps, -(-gen_length // (block_length or gen_length)))):
+        quotas = llada.transfer_counts(len(canvas.candidates(block)), block.steps)
+        shares = dream.transfer_shares(block.steps, eps)
+        for step in count():
+            candidates = canvas.candidates(block)
+            if len(candidates) == 0 or canvas.stopped:
+                break
+            forward = len(canvas.trace)
+            last = max_steps is not None and forward == max_steps - 1
+            if last:
+                candidates = canvas.masked.nonzero()[:, 0]
+
+            # what is forwarded; everything else keeps the keys and values of the pass that last forwarded it
+            refreshed = step == 0 or (cache_refresh > 0 and step % cache_refresh == 0)
+            if cache == "none" or refreshed or last:
+                first, logits = 0, model.logits_for_positions(canvas.ids)
+                if cache != "none":
+                    cached.forward(canvas.ids, 0, length, length)
+            elif cache == "prefix":
+                first = before + block.start
+                logits = cached.logits_for_positions(canvas.ids, first, length, length)
+            else:
+                first = before + block.start
+                logits = cached.logits_for_positions(canvas.ids, first, before + block.end, length)
+            logits = logits[before + candidates - first]
+
+            confidence, chosen = rank(logits, candidates, model.mask_token_id, remasking, forward, uniforms)
+            if last:
+                committed = torch.arange(len(candidates))
+            elif threshold is not None:
+                committed = most_confident(confidence, max(1, int((confidence > threshold).sum())))
+            elif factor is not None:
+                committed = most_confident(confidence, admitted(confidence, factor))
+            elif remasking == "origin":
+                committed = (confidence < shares[step]).nonzero()[:, 0]
+            elif remasking in dream.ALGORITHMS:
+                committed = most_confident(confidence, int(len(candidates) * shares[step]))
+            else:
+                committed = most_confident(confidence, quotas[step])
+            canvas.commit(candidates[committed], chosen[committed])
+    return canvas.result()
+
+
+def rank(
+    logits: Tensor, positions: Tensor, mask_token_id: int, remasking: str, forward: int, uniforms: Uniforms | None
+) -> tuple[Tensor, Tensor]:
+    """What the positions are ordered by, and their tokens."""
+    if remasking in ("maskgit_plus", "topk_margin", "entropy"):
+        return dream.sample_tokens(logits, mask_token_id, remasking)
+    chosen = choose(logits, mask_token_id)
+    if remasking in ("random", "origin"):
+        return uniforms(forward, positions), chosen
+    if remasking == "sequential":
+        return -positions.double(), chosen
+    assert remasking == "low_confidence", remasking
+    return torch.softmax(logits.float(), dim=-1).gather(1, chosen[:, None])[:, 0], chosen
+
+
+def admitted(confidence: Tensor, factor: float) -> int:
+    """How many of the most confident a factor admits: rank n while c_n >= 1 - factor / (n + 1), rank 1 always.
+
+    >>> admitted(torch.tensor([0.1, 0.9, 0.8]), 0.7)  # 0.9 whatever it is, 0.8 >= 1 - 0.7 / 3, 0.1 < 1 - 0.7 / 4
+    2
+    """
+    ordered = confidence.sort(descending=True).values.tolist()
+    number = 1
+    while number < len(ordered) and ordered[number] >= 1 - factor / (number + 2):
+        number += 1
+    return number

@@ -1,0 +1,42 @@
+"""The benchmarks run, and their last line is what a program would read."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def last_line(script: str, *args: str) -> dict:
+    command = [sys.executable, str(BENCHMARKS / script), *args]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_overhead():
+    result = last_line("overhead.py", "--steps", "30")
+    assert result["overhead_ms"] > 0 and result["overhead_16_ms"] > 0
+    assert [row["requests"] for row in result["rows"]] == [1, 16]
+
+
+def test_strategies(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    result = last_line("strategies.py", "--quick", "--questions", "4", "--plot", str(tmp_path / "plot.png"))
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    assert result["dual_threshold_speedup"] > 0 and result["batch16_speedup"] > 0
+    assert -100 <= result["dual_threshold_accuracy_drop"] <= 100
+    assert {"d2f_tokens_per_forward", "d2f_accuracy_drop"} <= set(result)
+    none, dual = (
+        next(
+            row
+            for row in result["rows"]
+            if (row["decoder"], row["pace"]) == (cache, "one a step") and row["batch"] == 16
+        )
+        for cache in ("none", "dual")
+    )
+    assert 0 < none["tokens_per_forward"] <= 1 and dual["kv_blocks"] > 0
+    assert all(0 <= share <= 1 for drifts in result["drift"].values() for share in drifts.values())

@@ -1,0 +1,231 @@
+"""Two real servers, each started once: the OpenAI client, and plain HTTP where the client would hide something."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openai import BadRequestError, OpenAI
+
+from dllm_plugin.checkpoints.tasks import questions
+
+BIN = Path(sys.executable).parent
+START_SECONDS = 400
+MESSAGES = [{"role": "user", "content": "Reverse the word cat."}]
+# the seed decides the order in which Dream's default policy takes positions, at temperature 0 too
+SHORT = {"max_tokens": 16, "temperature": 0, "seed": 1}
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server and the model it serves."""
+
+    process: subprocess.Popen
+    url: str
+    model: str
+    log: Path
+
+    @property
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if httpx.get(f"{self.url}/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.2)
+        raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-4000:]}")
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+
+
+def start(command: list[str], model: str, log: Path) -> Server:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # a server's engine has a process of its own
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    return Server(process, f"http://127.0.0.1:{port}", model, log)
+
+
+@pytest.fixture(scope="module")
+def servers(checkpoints: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
+    """Both ways to start a server, side by side: with the worker named, and with no flag at all."""
+    logs = tmp_path_factory.mktemp("servers")
+    llada, dream = checkpoints["tiny-llada"], checkpoints["tiny-dream"]
+    worker = ["--worker-cls", "dllm_plugin.worker.DiffusionWorker"]
+    running = {
+        "tiny-llada": start([str(BIN / "vllm"), "serve", llada, *worker], llada, logs / "llada.log"),
+        "tiny-dream": start(
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", dream], dream, logs / "dream.log"
+        ),
+    }
+    try:
+        for server in running.values():
+            server.wait()
+        yield running
+    finally:
+        for server in running.values():
+            server.stop()
+
+
+@pytest.fixture(scope="module")
+def llada(servers: dict[str, Server]) -> Server:
+    return servers["tiny-llada"]
+
+
+def chat(server: Server, messages: list[dict[str, str]] = MESSAGES, extras: dict[str, Any] | None = None, **settings):
+    return server.client.chat.completions.create(
+        model=server.model, messages=messages, extra_body={"vllm_xargs": extras or {}}, **(SHORT | settings)
+    )
+
+
+def complete(server: Server, prompt: str = "Reverse", extras: dict[str, Any] | None = None, **settings):
+    return server.client.completions.create(
+        model=server.model, prompt=prompt, extra_body={"vllm_xargs": extras or {}}, **(SHORT | settings)
+    )
+
+
+@pytest.mark.parametrize("name", ["tiny-llada", "tiny-dream"])
+def test_streaming_gives_the_text_of_the_whole_answer(servers: dict[str, Server], name: str) -> None:
+    server = servers[name]
+    whole = chat(server)
+    chunks = [chunk.choices[0] for chunk in chat(server, stream=True)]
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == whole.choices[0].message.content
+    assert chunks[-1].finish_reason == whole.choices[0].finish_reason
+    assert 0 < whole.usage.completion_tokens <= SHORT["max_tokens"]
+
+    whole = complete(server)
+    chunks = [chunk.choices[0] for chunk in complete(server, stream=True)]
+    assert "".join(chunk.text for chunk in chunks) == whole.choices[0].text
+    assert chunks[-1].finish_reason == whole.choices[0].finish_reason
+
+
+def test_the_server_answers_as_the_engine_in_process(llada: Server, engine: Any) -> None:
+    from vllm import SamplingParams
+
+    asked = [[{"role": "user", "content": question.text}] for question in questions("held_out", 4, seed=5)]
+    extras = {"diffusion_steps": 8, "diffusion_block_length": 8}
+    settings = SamplingParams(max_tokens=16, temperature=0, extra_args=extras)
+    # the server takes the checkpoint's own dtype
+    offline = engine("tiny-llada", dtype="auto").chat(asked, settings, use_tqdm=False)
+    online = [chat(llada, messages, extras).choices[0].message.content for messages in asked]
+    assert online == [output.outputs[0].text for output in offline]
+
+
+def test_n_gives_different_samples_and_a_seed_the_same_ones(llada: Server) -> None:
+    sampled = {"n": 2, "seed": 11, "temperature": 1.0}
+    first = [choice.text for choice in complete(llada, **sampled).choices]
+    assert len(first) == 2
+    assert first[0] != first[1]
+    assert [choice.text for choice in complete(llada, **sampled).choices] == first
+    assert [choice.text for choice in complete(llada, **(sampled | {"seed": 12})).choices] != first
+
+
+@pytest.mark.parametrize("max_tokens", [1, 5])
+def test_max_tokens_is_the_longest_answer(llada: Server, max_tokens: int) -> None:
+    answer = complete(llada, max_tokens=max_tokens, extras={"diffusion_eos_suppression": "logits"})
+    assert answer.usage.completion_tokens == max_tokens
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_a_stop_string_ends_the_answer(llada: Server) -> None:
+    extras = {"diffusion_eos_suppression": "logits"}
+    text = complete(llada, extras=extras, max_tokens=32).choices[0].text
+    stop = text[len(text) // 2]
+    answer = complete(llada, extras=extras, max_tokens=32, stop=[stop])
+    assert answer.choices[0].text == text[: text.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("extras", "settings", "said"),
+    [
+        ({"diffusion_steps": 0}, {}, ["diffusion_steps", "an integer in [1,", "got 0"]),
+        ({"diffusion_steps": "many"}, {}, ["diffusion_steps", "integer", "'many'"]),
+        ({"diffusion_stepps": 4}, {}, ["diffusion_stepps", "did you mean 'diffusion_steps'"]),
+        ({"diffusion_remasking": "best"}, {}, ["diffusion_remasking", "low_confidence", "'best'"]),
+        ({"diffusion_steps": 2, "diffusion_block_length": 4}, {}, ["at least", "2", "raise diffusion_steps"]),
+        ({}, {"presence_penalty": 0.5}, ["presence_penalty", "not supported", "0.5"]),
+        ({}, {"max_tokens": 0}, ["max_tokens", "0"]),
+    ],
+)
+@pytest.mark.parametrize("route", [chat, complete])
+def test_a_wrong_request_is_told_so_and_the_server_serves_on(
+    llada: Server, route: Any, extras: dict[str, Any], settings: dict[str, Any], said: list[str]
+) -> None:
+    with pytest.raises(BadRequestError) as refusal:
+        route(llada, extras=extras, **settings)
+    assert refusal.value.status_code == 400
+    message = refusal.value.response.json()["error"]["message"]
+    assert [words for words in said if words not in message] == [], message
+    assert route(llada, max_tokens=2).choices
+
+
+def test_a_client_that_leaves_frees_its_place(llada: Server) -> None:
+    body = {
+        "model": llada.model,
+        "prompt": "Say cat",
+        "max_tokens": 400,
+        "temperature": 0,
+        "stream": True,
+        "vllm_xargs": {"diffusion_eos_suppression": "logits", "diffusion_block_length": 8},
+    }
+    with httpx.stream("POST", f"{llada.url}/v1/completions", json=body, timeout=60) as response:
+        assert response.status_code == 200
+        next(response.iter_lines())
+    deadline = time.monotonic() + 30
+    while running_requests(llada) > 0:
+        assert time.monotonic() < deadline, "the request is still running"
+        time.sleep(0.1)
+    assert complete(llada).choices
+
+
+def running_requests(server: Server) -> float:
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:num_requests_running{"))
+
+
+def test_requests_side_by_side_give_what_each_gives_alone(llada: Server) -> None:
+    mixed = [
+        {"prompt": "Reverse", "extras": {"diffusion_steps": 4}},
+        {"prompt": "Spell the word house please, letter by letter", "extras": {"diffusion_block_length": 4}},
+        {"prompt": "a", "extras": {"diffusion_remasking": "random"}, "seed": 3, "temperature": 0.7},
+        {"prompt": "What is 1 plus 1?", "extras": {"diffusion_cfg_scale": 1.5}, "max_tokens": 9},
+        {"prompt": "xyz", "extras": {"diffusion_remasking": "entropy"}, "max_tokens": 24},
+        {"prompt": "xyz", "extras": {"diffusion_canvas_length": 8}, "max_tokens": 20},
+    ]
+    alone = [complete(llada, **request).choices[0].text for request in mixed]
+    with ThreadPoolExecutor(2 * len(mixed)) as threads:
+        together = [*threads.map(lambda request: complete(llada, **request).choices[0].text, mixed * 2)]
+    assert together == alone * 2
