@@ -1,0 +1,624 @@
+"""The chosen token of every row of logits, and how sure the model is of it.
+
+The choice is `argmax(logits + temperature * gumbel)`, which is a sample of softmax(logits / temperature); temperature 0 is
+greedy. The statistics are of softmax(logits), or of softmax(logits / temperature) in the rows that ask for it (`tempered`):
+
+* `probability` and `log_probability` of the chosen token;
+* `margin`: probability of the best column that may be chosen minus that of the best of all the others, negative when a
+  column that may not be chosen is the likeliest;
+* `entropy`: `-sum(p * log(p + 1e-10))`.
+
+`no_choice` columns are never chosen but keep their mass (the mask id: public references leave it in the softmax);
+`no_mass` columns may be chosen but are dropped from the statistics, so that choosing one has probability 0. A column in
+both is gone. Rows of ids are padded with -1.
+
+Ties take the lowest index. Statistics are fp32. A row whose columns are all `-inf` chooses its lowest column that is not
+in `no_choice`; its statistics are NaN where no column has mass, which `unmask` ranks last. A forbidden column is never
+returned, whatever the logits hold. Zero rows are allowed. Noise is a function of (seed, position, step, column).
+
+On a CPU the fp32 statistics have the bits of `torch.softmax(logits, -1)`: policies rank positions by them, and near 1.0 one
+rounding changes the order. The kernel agrees with the reference on the token, and to 1e-5 on the statistics.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm_plugin.kernels import philox
+from dllm_plugin.kernels.dispatch import contiguous, num_multiprocessors, tl, triton, use_triton
+
+ENTROPY_EPSILON = 1e-10  # Dream's
+_SCRATCH_BYTES = 2_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Confidence:
+    """One entry a row; what was not asked for is None."""
+
+    token: Tensor  # int64
+    probability: Tensor  # fp32, and so are the rest
+    log_probability: Tensor | None = None
+    margin: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+def confidence(
+    logits: Tensor,
+    *,
+    no_choice: Tensor | None = None,
+    no_mass: Tensor | None = None,
+    temperature: Tensor | None = None,
+    tempered: Tensor | None = None,
+    seed: Tensor | None = None,
+    position: Tensor | None = None,
+    step: Tensor | None = None,
+    log_probability: bool = False,
+    margin: bool = False,
+    entropy: bool = False,
+) -> Confidence:
+    """Token and statistics of `logits` [rows, vocab], any float dtype, any row stride.
+
+    `no_choice` [rows, A] and `no_mass` [rows, B] int64; `temperature` [rows] fp32 (None: all greedy); `tempered` [rows] bool;
+    `seed`, `position`, `step` [rows] int64, needed with `temperature`.
+    """
+    check_arguments(logits, no_choice, no_mass, temperature, tempered, seed, position, step)
+    run = confidence_triton if use_triton(logits.device.type) else confidence_reference
+    return run(
+        logits,
+        no_choice,
+        no_mass,
+        temperature,
+        tempered,
+        (seed, position, step),
+        log_probability,
+        margin,
+        entropy,
+    )
+
+
+def confidence_reference(
+    logits: Tensor,
+    no_choice: Tensor | None,
+    no_mass: Tensor | None,
+    temperature: Tensor | None,
+    tempered: Tensor | None,
+    noise: tuple[Tensor | None, Tensor | None, Tensor | None],
+    log_probability: bool,
+    margin: bool,
+    entropy: bool,
+) -> Confidence:
+    """The torch path: blocks of rows through one fp32 scratch buffer, whatever the size of the logits."""
+    rows, vocab = logits.shape
+    per_row = [no_choice, no_mass, temperature, tempered, *noise]
+    step = rows_per_block(vocab)
+    if step >= rows:
+        return Confidence(*_block(logits.to(torch.float32, copy=True), *per_row, log_probability, margin, entropy))
+    scratch = logits.new_empty((step, vocab), dtype=torch.float32)
+    blocks = []
+    for begin in range(0, rows, step):
+        # The last block reaches back instead of being short: torch splits the sum of a single row over threads.
+        first = min(begin, rows - step)
+        window = slice(first, first + step)
+        block = _block(
+            scratch.copy_(logits[window]),
+            *(None if tensor is None else tensor[window] for tensor in per_row),
+            log_probability,
+            margin,
+            entropy,
+        )
+        blocks.append([None if tensor is None else tensor[begin - first :] for tensor in block])
+    return Confidence(*(None if column[0] is None else torch.cat(column) for column in zip(*blocks, strict=True)))
+
+
+def _block(
+    x: Tensor,
+    no_choice: Tensor | None,
+    no_mass: Tensor | None,
+    temperature: Tensor | None,
+    tempered: Tensor | None,
+    seed: Tensor | None,
+    position: Tensor | None,
+    step: Tensor | None,
+    log_probability: bool,
+    margin: bool,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Token, probability and statistics of fp32 logits `x`, which it overwrites."""
+    best = token = _greedy(x, no_choice)
+    if temperature is not None:
+        token = _sample(x, token, no_choice, temperature, seed, position, step)
+    temper(x, temperature, tempered)
+    if no_mass is not None:
+        drop(x, no_mass)
+
+    column = token[:, None]
+    if log_probability:
+        below_max = x.gather(1, column).squeeze(1) - x.amax(1)
+    p = torch.softmax(x, -1, out=x)
+    return (
+        token,
+        p.gather(1, column).squeeze(1),
+        # The likeliest column has probability 1 / normaliser, which spares a pass of log_softmax.
+        below_max + p.amax(1).log() if log_probability else None,
+        _margin(p, best[:, None]) if margin else None,
+        _entropy(p) if entropy else None,
+    )
+
+
+def _greedy(x: Tensor, no_choice: Tensor | None) -> Tensor:
+    token = first_argmax(x)
+    if no_choice is not None:
+        forbidden = (token[:, None] == no_choice).any(1)
+        if forbidden.any():
+            for row in forbidden.nonzero().squeeze(1).split(_rows_per_copy(x)):
+                token[row] = first_argmax(allow(x[row], no_choice[row]))
+    return token
+
+
+def _sample(
+    x: Tensor,
+    greedy: Tensor,
+    no_choice: Tensor | None,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    step: Tensor,
+) -> Tensor:
+    """Gumbel-max samples in the rows that have a temperature, the greedy token in the others."""
+    token = greedy.clone()
+    for row in temperature.nonzero().squeeze(1).split(_rows_per_copy(x)):
+        noised = allow(x[row], None if no_choice is None else no_choice[row])
+        add_noise(noised, temperature[row], seed[row], position[row], step[row])
+        token[row] = first_argmax(noised)
+    return token
+
+
+def add_noise(
+    x: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, step: Tensor, vocab_start: int = 0
+) -> None:
+    width = max(2**14 // x.shape[0], 128)  # columns at a time: the int64 words of Philox are the larger scratch
+    for part, begin in zip(x.split(width, 1), range(vocab_start, vocab_start + x.shape[1], width), strict=True):
+        bits = philox.row_bits(seed, position, step, philox.TOKEN, part.shape[1], begin)
+        part.add_(philox.gumbel_from_bits(bits).mul_(temperature[:, None]))
+
+
+def temper(x: Tensor, temperature: Tensor | None, tempered: Tensor | None) -> None:
+    """Divides the tempered rows of `x` by their temperature."""
+    if tempered is not None:
+        x.div_(torch.where(tempered & (temperature > 0), temperature, 1.0)[:, None])
+
+
+def allow(x: Tensor, no_choice: Tensor | None) -> Tensor:
+    """`x` with its forbidden columns below all others, also below the `-inf` ones."""
+    x.clamp_(min=torch.finfo(torch.float32).min)
+    if no_choice is not None:
+        drop(x, no_choice)
+    return x
+
+
+def drop(x: Tensor, ids: Tensor) -> None:
+    if ids.numel() and ids.amin() >= 0:
+        x.scatter_(1, ids, float("-inf"))
+    else:
+        row, entry = (ids >= 0).nonzero(as_tuple=True)
+        x[row, ids[row, entry]] = float("-inf")
+
+
+def first_argmax(x: Tensor) -> Tensor:
+    """`x.argmax(1)`, lowest index on ties, at the speed of `amax`: torch vectorises only the latter on a CPU."""
+    width, vocab = 256, x.shape[1]
+    if vocab < 8 * width:
+        return x.argmax(1)
+    whole = vocab // width * width
+    maxima = torch.cat((x[:, :whole].unflatten(1, (-1, width)).amax(2), x[:, -width:].amax(1, keepdim=True)), 1)
+    begin = (maxima.argmax(1) * width).clamp_(max=vocab - width)[:, None]
+    inside = x.gather(1, begin + torch.arange(width, device=x.device)).argmax(1)
+    return begin.squeeze(1) + inside
+
+
+def _margin(p: Tensor, best: Tensor) -> Tensor:
+    top = p.gather(1, best)
+    p.scatter_(1, best, 0.0)
+    margin = top.squeeze(1) - p.amax(1)
+    p.scatter_(1, best, top)
+    return margin
+
+
+def _entropy(p: Tensor) -> Tensor:
+    for part in p.split(_rows_per_copy(p)):
+        part.mul_((part + ENTROPY_EPSILON).log_())
+    return p.sum(1).neg_()
+
+
+def rows_per_block(vocab: int) -> int:
+    """Rows that fit the scratch beside one that `_rows_per_copy` allows, but at least two."""
+    return max(_SCRATCH_BYTES // (4 * vocab) - 1, 2)
+
+
+def _rows_per_copy(x: Tensor) -> int:
+    return max(_SCRATCH_BYTES // (16 * x.shape[1]), 1)
+
+
+def check_arguments(
+    logits: Tensor,
+    no_choice: Tensor | None,
+    no_mass: Tensor | None,
+    temperature: Tensor | None,
+    tempered: Tensor | None,
+    seed: Tensor | None,
+    position: Tensor | None,
+    step: Tensor | None,
+) -> None:
+    if logits.dim() != 2 or not logits.dtype.is_floating_point or logits.shape[1] == 0 or logits.stride(1) != 1:
+        raise ValueError(
+            f"logits must be floating [rows, vocab] with contiguous rows of at least one column, got {logits.dtype} "
+            f"{list(logits.shape)} with strides {logits.stride()}; pass logits.contiguous()"
+        )
+    rows = logits.shape[0]
+    for name, ids in (("no_choice", no_choice), ("no_mass", no_mass)):
+        if ids is not None and (ids.dim() != 2 or ids.shape[0] != rows or ids.dtype != torch.int64):
+            raise ValueError(f"{name} must be int64 [{rows}, n], padded with -1, got {ids.dtype} {list(ids.shape)}")
+    if temperature is None:
+        if tempered is not None:
+            raise ValueError("tempered asks for statistics at the row's temperature; pass temperature too")
+        return
+    for name, tensor, dtype in (
+        ("temperature", temperature, torch.float32),
+        ("tempered", tempered, torch.bool),
+        ("seed", seed, torch.int64),
+        ("position", position, torch.int64),
+        ("step", step, torch.int64),
+    ):
+        if tensor is None:
+            if name != "tempered":
+                raise ValueError(f"temperature needs {name} [{rows}] for its noise; pass it, or temperature=None")
+        elif tensor.shape != (rows,) or tensor.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype} [{rows}], got {tensor.dtype} {list(tensor.shape)}")
+
+
+# A program reads some tiles of a row once. It keeps a maximum and a sum for every eight neighbouring columns, so that an
+# element costs a conversion, two comparisons and an exponential and nothing crosses threads inside the loop, and finds the
+# winning column at the end by reading its eight again. It leaves seven numbers, which a second kernel merges in the order
+# of the columns. Nothing is summed atomically. Column ids travel as fp32, exact below 2**24.
+_TILE = 4096
+_PARTIALS = 7  # score, token, maximum, sum, best logit, best column, best of the others
+# What `shard_statistics` returns for a row, and the merge of its tiles leaves.
+SCORE, TOKEN, TOKEN_LOGIT, MAXIMUM, SUM, BEST, BEST_LOGIT, OTHER = range(8)
+NUM_STATISTICS = 8
+
+
+def confidence_triton(
+    logits: Tensor,
+    no_choice: Tensor | None,
+    no_mass: Tensor | None,
+    temperature: Tensor | None,
+    tempered: Tensor | None,
+    noise: tuple[Tensor | None, Tensor | None, Tensor | None],
+    log_probability: bool,
+    margin: bool,
+    entropy: bool,
+) -> Confidence:
+    """Two launches; the entropy, whose epsilon needs the finished normaliser, reads the logits once more."""
+    rows = logits.shape[0]
+    result = Confidence(
+        logits.new_empty(rows, dtype=torch.int64),
+        *(
+            logits.new_empty(rows, dtype=torch.float32) if wanted else None
+            for wanted in (True, log_probability, margin, entropy)
+        ),
+    )
+    statistics = launch_statistics(
+        logits, 0, no_choice, no_mass, temperature, tempered, noise, margin, result, keep=entropy
+    )
+    if entropy:
+        launch_entropy(logits, 0, no_mass, temperature, tempered, statistics, result.entropy)
+    return result
+
+
+def launch_statistics(
+    logits: Tensor,
+    vocab_start: int,
+    no_choice: Tensor | None,
+    no_mass: Tensor | None,
+    temperature: Tensor | None,
+    tempered: Tensor | None,
+    noise: tuple[Tensor | None, Tensor | None, Tensor | None],
+    margin: bool,
+    result: Confidence | None,
+    keep: bool,
+) -> Tensor | None:
+    """Fills `result` if there is one; returns the statistics [rows, NUM_STATISTICS] if they are to be kept."""
+    rows, vocab = logits.shape
+    no_choice, no_mass, temperature, tempered, *noise = contiguous(no_choice, no_mass, temperature, tempered, *noise)
+    statistics = logits.new_empty((rows, NUM_STATISTICS), dtype=torch.float32) if keep else None
+    if rows == 0:
+        return statistics
+    tile, tiles, parts = _split_rows(logits, vocab_start)
+    partial = logits.new_empty((rows, _PARTIALS, parts), dtype=torch.float32)
+    num_no_choice, num_no_mass = (0 if ids is None else ids.shape[1] for ids in (no_choice, no_mass))
+    _part_kernel[(rows * parts,)](
+        logits, logits.stride(0), no_choice, no_mass, temperature, tempered, *noise, partial,
+        vocab, vocab_start, tiles, parts,
+        NO_CHOICE=num_no_choice, NO_MASS=num_no_mass, MARGIN=margin, TOKEN_STREAM=philox.TOKEN,
+        PARTIALS=_PARTIALS, OFFSET=vocab_start % 4, BLOCK=tile, num_warps=max(tile // 1024, 1),
+    )  # fmt: skip
+    outputs = (None,) * 4
+    if result is not None:
+        outputs = (result.token, result.probability, result.log_probability, result.margin)
+    _merge_kernel[(rows,)](
+        partial, logits, logits.stride(0), no_mass, temperature, tempered, statistics, *outputs,
+        vocab_start, parts,
+        NO_MASS=num_no_mass, MARGIN=margin, STATISTICS=NUM_STATISTICS, PARTIALS=_PARTIALS,
+        BLOCK=triton.next_power_of_2(parts),
+        num_warps=1,
+    )  # fmt: skip
+    return statistics
+
+
+def launch_entropy(
+    logits: Tensor,
+    vocab_start: int,
+    no_mass: Tensor | None,
+    temperature: Tensor | None,
+    tempered: Tensor | None,
+    statistics: Tensor,
+    out: Tensor,
+) -> None:
+    """The part of these columns in the entropy of the rows whose merged `statistics` these are."""
+    rows, vocab = logits.shape
+    no_mass, temperature, tempered, statistics = contiguous(no_mass, temperature, tempered, statistics)
+    if rows:
+        tile, tiles, parts = _split_rows(logits, vocab_start)
+        partial = logits.new_empty((rows, parts), dtype=torch.float32)
+        _entropy_kernel[(rows * parts,)](
+            logits, logits.stride(0), no_mass, temperature, tempered, statistics, partial,
+            vocab, vocab_start, tiles, parts,
+            NO_MASS=0 if no_mass is None else no_mass.shape[1], EPSILON=ENTROPY_EPSILON,
+            MAXIMUM=MAXIMUM, SUM=SUM, STATISTICS=NUM_STATISTICS, BLOCK=tile, num_warps=max(tile // 1024, 1),
+        )  # fmt: skip
+        torch.sum(partial, 1, out=out)
+        out.neg_()
+
+
+def _split_rows(logits: Tensor, vocab_start: int) -> tuple[int, int, int]:
+    """Columns of a tile, tiles of a part, parts of a row. Tiles start where a block of noise does."""
+    rows, vocab = logits.shape
+    columns = vocab + vocab_start % 4
+    tile = min(_TILE, max(triton.next_power_of_2(columns), 128))
+    tiles = triton.cdiv(columns, tile)
+    # About 16 parts for each multiprocessor keep the last wave short; few rows are split as far as they go.
+    per_part = min(max(rows * tiles // (16 * num_multiprocessors(logits.device)), 1), 8)
+    return tile, per_part, triton.cdiv(tiles, per_part)
+
+
+@triton.jit
+def _temper(x, row, temperature_ptr, tempered_ptr):
+    """The logits that the statistics are of."""
+    if tempered_ptr is not None:
+        temperature = tl.load(temperature_ptr + row)
+        if tl.load(tempered_ptr + row) & (temperature > 0):
+            x = x / temperature
+    return x
+
+
+@triton.jit
+def _without(x, column, row, ids_ptr, COUNT: tl.constexpr):
+    """`x` with `-inf` in the columns that the row's ids name."""
+    for entry in tl.static_range(COUNT):
+        x = tl.where(column == tl.load(ids_ptr + row * COUNT + entry), float("-inf"), x)
+    return x
+
+
+@triton.jit
+def _any_inside(first, vocab_start, row, ids_ptr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Whether one of the row's ids lies in a tile. Few do: the other tiles are spared the comparison of their columns."""
+    inside = first < first
+    for entry in tl.static_range(COUNT):
+        column = tl.load(ids_ptr + row * COUNT + entry) - vocab_start
+        inside = inside | ((column >= first) & (column < first + BLOCK))
+    return inside
+
+
+@triton.jit
+def _first_of_eight(score, column):
+    """Lowest column of the highest of eight scores, past all columns if none is a number above -inf."""
+    highest = tl.max(score, 0)
+    return tl.min(tl.where((score == highest) & (score > float("-inf")), column, 2147483647), 0)
+
+
+@triton.jit
+def _part_kernel(
+    logits_ptr, logits_stride, no_choice_ptr, no_mass_ptr, temperature_ptr, tempered_ptr, seed_ptr, position_ptr,
+    step_ptr, partial_ptr,
+    vocab, vocab_start, tiles, parts,
+    NO_CHOICE: tl.constexpr, NO_MASS: tl.constexpr, MARGIN: tl.constexpr, TOKEN_STREAM: tl.constexpr,
+    PARTIALS: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The seven numbers of one part of one row."""
+    GROUPS: tl.constexpr = BLOCK // 8
+    lowest = float("-inf")
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
+    logits = logits_ptr + row * logits_stride
+    first = part * tiles * BLOCK - OFFSET  # counted within these logits, as all columns here
+    noisy = False
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + row)
+        noisy = temperature > 0
+        seed, position, step = tl.load(seed_ptr + row), tl.load(position_ptr + row), tl.load(step_ptr + row)
+
+    best = tl.full([GROUPS], lowest, tl.float32)  # of what may be chosen, and the tile where it was first seen
+    best_tile = tl.zeros([GROUPS], tl.int32)
+    drawn, drawn_tile = best, best_tile  # the same with noise
+    peak, peak_tile = best, best_tile  # of what has mass
+    second = best  # the highest after it, of another tile
+    total = tl.zeros([GROUPS], tl.float32)  # sum of exponentials relative to the peak
+    for tile in range(tiles):
+        column = first + tile * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(logits + column, mask=(column >= 0) & (column < vocab), other=lowest).to(tl.float32)
+        start = first + tile * BLOCK
+        high = tl.max(tl.reshape(x, [GROUPS, 8]), 1)
+        top = high
+        if _any_inside(start, vocab_start, row, no_choice_ptr, NO_CHOICE, BLOCK):
+            top = tl.max(tl.reshape(_without(x, column + vocab_start, row, no_choice_ptr, NO_CHOICE), [GROUPS, 8]), 1)
+        best_tile = tl.where(top > best, tile, best_tile)
+        best = tl.maximum(best, top)
+        if temperature_ptr is not None:
+            if noisy:
+                bits = philox.row_bits_block(seed, position, step, (start + vocab_start) // 4, TOKEN_STREAM, BLOCK // 4)
+                score = _without(x, column + vocab_start, row, no_choice_ptr, NO_CHOICE)
+                score += temperature * philox.gumbel_from_bits_block(bits)
+                top = tl.max(tl.reshape(score, [GROUPS, 8]), 1)
+            drawn_tile = tl.where(top > drawn, tile, drawn_tile)
+            drawn = tl.maximum(drawn, top)
+
+        logit = _temper(x, row, temperature_ptr, tempered_ptr)
+        if _any_inside(start, vocab_start, row, no_mass_ptr, NO_MASS, BLOCK):
+            logit = _without(logit, column + vocab_start, row, no_mass_ptr, NO_MASS)
+        logit = tl.reshape(logit, [GROUPS, 8])
+        if NO_MASS > 0 or tempered_ptr is not None:
+            high = tl.max(logit, 1)
+        if MARGIN:
+            second = tl.maximum(second, tl.minimum(high, peak))
+            peak_tile = tl.where(high > peak, tile, peak_tile)
+        higher = tl.maximum(peak, high)
+        base = tl.where(higher == lowest, 0.0, higher)  # or no mass so far would subtract -inf from -inf
+        weights = tl.exp2((logit - base[:, None]) * 1.4426950408889634)
+        total = total * tl.exp2((peak - base) * 1.4426950408889634) + tl.sum(weights, 1)
+        peak = higher
+
+    # The lowest column of the best score: the first tile, in it the first group, in it the first of its eight.
+    eight, group = tl.arange(0, 8), tl.arange(0, GROUPS)
+    best_score = tl.max(best, 0)
+    best_group = tl.min(tl.where(best == best_score, best_tile * GROUPS + group, tiles * GROUPS - 1), 0)
+    near = first + best_group * 8 + eight
+    near_x = tl.load(logits + near, mask=(near >= 0) & (near < vocab), other=lowest).to(tl.float32)
+    best_column = _first_of_eight(_without(near_x, near + vocab_start, row, no_choice_ptr, NO_CHOICE), near)
+    if (best_score > lowest) == 0:
+        # Nothing but -inf and NaN: the lowest column that may be chosen, below every number and above no choice.
+        best_column = tl.maximum(first, 0)
+        for _ in tl.static_range(NO_CHOICE):
+            for entry in tl.static_range(NO_CHOICE):
+                best_column += (best_column + vocab_start == tl.load(no_choice_ptr + row * NO_CHOICE + entry)).to(
+                    tl.int32
+                )
+        exists = best_column < tl.minimum(first + tiles * BLOCK, vocab)
+        best_score = tl.where(exists, -3.4028234663852886e38, lowest)
+    score, chosen = best_score, best_column
+    if temperature_ptr is not None:
+        drawn_score = tl.max(drawn, 0)
+        if noisy & (drawn_score > lowest):
+            drawn_group = tl.min(tl.where(drawn == drawn_score, drawn_tile * GROUPS + group, tiles * GROUPS - 1), 0)
+            close = first + drawn_group * 8 + eight
+            close_x = tl.load(logits + close, mask=(close >= 0) & (close < vocab), other=lowest).to(tl.float32)
+            bits = philox.row_bits_block(
+                seed, position, step, (first + vocab_start + drawn_group * 8) // 4, TOKEN_STREAM, 2
+            )
+            close_score = _without(close_x, close + vocab_start, row, no_choice_ptr, NO_CHOICE)
+            close_score += temperature * philox.gumbel_from_bits_block(bits)
+            score, chosen = drawn_score, _first_of_eight(close_score, close)
+
+    out = partial_ptr + row * PARTIALS * parts + part
+    maximum = tl.max(peak, 0)
+    tl.store(out, score)
+    tl.store(out + parts, (chosen + vocab_start).to(tl.float32))
+    tl.store(out + 2 * parts, maximum)
+    tl.store(out + 3 * parts, tl.sum(total * tl.exp(peak - tl.where(maximum == lowest, 0.0, maximum)), 0))
+    if MARGIN:
+        near_logit = _temper(near_x, row, temperature_ptr, tempered_ptr)
+        near_logit = _without(near_logit, near + vocab_start, row, no_mass_ptr, NO_MASS)
+        beside = tl.max(tl.where(near == best_column, lowest, near_logit), 0)
+        elsewhere = tl.where(peak_tile == best_group // GROUPS, second, peak)
+        elsewhere = tl.max(tl.where(group == best_group % GROUPS, elsewhere, peak), 0)
+        tl.store(out + 4 * parts, best_score)
+        tl.store(out + 5 * parts, (best_column + vocab_start).to(tl.float32))
+        tl.store(out + 6 * parts, tl.maximum(beside, elsewhere))
+
+
+@triton.jit
+def _merge_kernel(
+    partial_ptr, logits_ptr, logits_stride, no_mass_ptr, temperature_ptr, tempered_ptr, statistics_ptr,
+    token_ptr, probability_ptr, log_probability_ptr, margin_ptr,
+    vocab_start, parts,
+    NO_MASS: tl.constexpr, MARGIN: tl.constexpr, STATISTICS: tl.constexpr, PARTIALS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Merges the parts of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, BLOCK)
+    inside = part < parts
+    source = partial_ptr + row * PARTIALS * parts + part
+    lowest, nowhere = float("-inf"), 2147483648.0
+
+    # Columns ascend with the parts, so the lowest column of the best score is the first of ties.
+    scores = tl.load(source, mask=inside, other=lowest)
+    score = tl.max(scores, 0)
+    tokens = tl.load(source + parts, mask=inside, other=nowhere)
+    token = tl.min(tl.where(scores == score, tokens, nowhere), 0)
+    maxima = tl.load(source + 2 * parts, mask=inside, other=lowest)
+    maximum = tl.max(maxima, 0)
+    sums = tl.load(source + 3 * parts, mask=inside, other=0.0)
+    total = tl.sum(sums * tl.exp(maxima - tl.where(maximum == lowest, 0.0, maximum)), 0)
+    logits = logits_ptr + row * logits_stride - vocab_start
+    column = token.to(tl.int64)
+    x = tl.load(logits + column, mask=score > lowest, other=lowest).to(tl.float32)
+    token_logit = _temper(x, row, temperature_ptr, tempered_ptr)
+    token_logit = _without(token_logit, column, row, no_mass_ptr, NO_MASS)
+
+    if MARGIN:
+        bests = tl.load(source + 4 * parts, mask=inside, other=lowest)
+        columns = tl.load(source + 5 * parts, mask=inside, other=nowhere)
+        best = tl.max(bests, 0)
+        best_token = tl.min(tl.where(bests == best, columns, nowhere), 0)
+        best_column = best_token.to(tl.int64)
+        best_x = tl.load(logits + best_column, mask=best > lowest, other=lowest).to(tl.float32)
+        best_logit = _temper(best_x, row, temperature_ptr, tempered_ptr)
+        best_logit = _without(best_logit, best_column, row, no_mass_ptr, NO_MASS)
+        # In the part of the best column its runner-up competes, in the others their maximum.
+        others = tl.load(source + 6 * parts, mask=inside, other=lowest)
+        other = tl.max(tl.where(columns == best_token, others, maxima), 0)
+    else:
+        best, best_logit, other = lowest, lowest, lowest
+
+    if statistics_ptr is not None:
+        out = statistics_ptr + row * STATISTICS
+        tl.store(out, score)
+        tl.store(out + 1, token)
+        tl.store(out + 2, token_logit)
+        tl.store(out + 3, maximum)
+        tl.store(out + 4, total)
+        tl.store(out + 5, best)
+        tl.store(out + 6, best_logit)
+        tl.store(out + 7, other)
+    if token_ptr is not None:
+        tl.store(token_ptr + row, column)
+        tl.store(probability_ptr + row, tl.exp(token_logit - maximum) / total)
+        if log_probability_ptr is not None:
+            tl.store(log_probability_ptr + row, token_logit - maximum - tl.log(total))
+        if margin_ptr is not None:
+            tl.store(margin_ptr + row, (tl.exp(best_logit - maximum) - tl.exp(other - maximum)) / total)
+
+
+@triton.jit
+def _entropy_kernel(
+    logits_ptr, logits_stride, no_mass_ptr, temperature_ptr, tempered_ptr, statistics_ptr, partial_ptr,
+    vocab, vocab_start, tiles, parts,
+    NO_MASS: tl.constexpr, EPSILON: tl.constexpr, MAXIMUM: tl.constexpr, SUM: tl.constexpr, STATISTICS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """sum(p * log(p + epsilon)) over one part of one row."""
+    GROUPS: tl.constexpr = BLOCK // 8
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
+    maximum = tl.load(statistics_ptr + row * STATISTICS + MAXIMUM)
+    scale = 1.0 / tl.load(statistics_ptr + row * STATISTICS + SUM)
+    entropy = tl.zeros([GROUPS], tl.float32)
+    for tile in range(tiles):
+        column = (part * tiles + tile) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(logits_ptr + row * logits_stride + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
+        logit = _temper(x, row, temperature_ptr, tempered_ptr)
+        if _any_inside((part * tiles + tile) * BLOCK, vocab_start, row, no_mass_ptr, NO_MASS, BLOCK):
+            logit = _without(logit, column + vocab_start, row, no_mass_ptr, NO_MASS)
+        p = tl.exp2((logit - maximum) * 1.4426950408889634) * scale
+        entropy += tl.sum(tl.reshape(p * tl.log(p + EPSILON), [GROUPS, 8]), 1)
+    tl.store(partial_ptr + row * parts + part, tl.sum(entropy, 0))

@@ -1,0 +1,73 @@
+"""Which implementation runs: the Triton kernel on CUDA tensors, the torch reference elsewhere.
+
+`DLLM_PLUGIN_KERNELS=triton` or `=torch` overrides the choice for every operation. The choice is logged once for each
+device type. Without Triton the package still imports and the references run.
+"""
+
+import functools
+import logging
+import os
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:  # a CPU installation needs no Triton
+
+    class _Absent:
+        """Stands in for `triton` and `tl` so that `@triton.jit` and `tl.constexpr` annotations still evaluate."""
+
+        def __getattr__(self, name: str) -> "_Absent":
+            return self
+
+        def __call__(self, function: object) -> object:
+            return function
+
+    triton = tl = _Absent()
+    HAS_TRITON = False
+
+__all__ = ["HAS_TRITON", "INTERPRETED", "contiguous", "num_multiprocessors", "tl", "triton", "use_triton"]
+
+ENVIRONMENT = "DLLM_PLUGIN_KERNELS"
+# Triton decides at decoration time whether a kernel is interpreted, so this is read once, at the same time.
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def use_triton(device_type: str) -> bool:
+    """Whether operations on tensors of this device type run as Triton kernels."""
+    asked = os.environ.get(ENVIRONMENT, "")
+    if asked not in ("", "triton", "torch"):
+        raise ValueError(f"{ENVIRONMENT} must be 'triton' or 'torch', got {asked!r}; unset it to choose by device")
+    if asked == "triton":
+        if not HAS_TRITON:
+            raise ValueError(f"{ENVIRONMENT}=triton, but triton is not installed; install triton or unset it")
+        if device_type != "cuda" and not INTERPRETED:
+            raise ValueError(
+                f"{ENVIRONMENT}=triton, but the tensors are on {device_type!r} and Triton compiles for CUDA only; "
+                "unset it, or set TRITON_INTERPRET=1 to interpret the kernels (slow, for tests)"
+            )
+        choice = True
+    else:
+        choice = asked == "" and device_type == "cuda" and HAS_TRITON
+        if asked == "" and device_type == "cuda" and not HAS_TRITON:
+            logger.warning("triton is not installed: the torch references run on CUDA, slowly; install triton")
+    reason = f"{ENVIRONMENT}={asked}" if asked else "chosen by device"
+    logger.info("dllm_plugin kernels on %s: %s (%s)", device_type, "triton" if choice else "torch", reason)
+    return choice
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side; a small number where Triton is interpreted, so that tests split work too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The small per-row and per-request tensors as kernels index them: without strides."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]

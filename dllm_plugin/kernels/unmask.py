@@ -1,0 +1,323 @@
+"""Chooses which masked positions get their token, writes them into the canvas, and says what is final.
+
+The rows are the still-masked positions of the active blocks, ordered by request, segment (an active block) and position.
+One rule serves every policy. Order the rows of a segment by confidence, highest first, ties by position; then take the
+first n, where n is the largest of, and at most the number of rows,
+
+* `quota`;
+* the number of rows whose confidence is greater than `threshold` (strictly; +inf is off);
+* with `factor` f > 0, the longest prefix of the order with `c_k >= 1 - f / (k + 1)` for its ranks k >= 2; rank 1 always counts.
+
+So a quota is (q, inf, 0), Fast-dLLM's threshold (1, t, 0), a semi-activated D2F block (0, t, 0), Dream's `origin`
+(0, 1 - p, 0) over uniform confidences. Public factor code also accepts a last rank that fails alone, an off-by-one of
+its loop; here it does not.
+
+With `alg_temp` t > 0 the order is by `confidence / t + gumbel` instead, with Philox noise of (seed, position, step): drawing
+n positions without replacement from softmax(confidence / t). Confidences may be negative or `-inf`; NaN ranks last and
+passes no threshold. Everything stays on the device: the host reads one small tensor for the whole batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm_plugin.kernels import philox
+from dllm_plugin.kernels.dispatch import contiguous, tl, triton, use_triton
+
+
+@dataclass(frozen=True, slots=True)
+class Unmasked:
+    """int32 views of the one buffer `summary`, so that the host copies once."""
+
+    summary: Tensor
+    remaining: Tensor  # [num_segments] rows of the segment left masked
+    final_prefix: Tensor  # [num_requests] length of the contiguous prefix of the canvas without a mask
+    first_eos: Tensor  # [num_requests] first column inside that prefix that holds the request's EOS, or -1
+
+
+def unmask(
+    canvas_tokens: Tensor,
+    canvas_masked: Tensor,
+    *,
+    slot: Tensor,
+    segment_start_loc: Tensor,
+    row_position: Tensor,
+    token: Tensor,
+    confidence: Tensor,
+    quota: Tensor,
+    final_prefix: Tensor,
+    eos_token_id: Tensor,
+    request_start_loc: Tensor | None = None,
+    threshold: Tensor | None = None,
+    factor: Tensor | None = None,
+    alg_temp: Tensor | None = None,
+    seed: Tensor | None = None,
+    step: Tensor | None = None,
+) -> Unmasked:
+    """Writes tokens into `canvas_tokens` and clears `canvas_masked`, both [max_slots, max_canvas], in place.
+
+    A request is [num_requests]: `slot` (its row of the canvas), `final_prefix` (columns already known to be final) and
+    `eos_token_id` (-1: none). Its segments are `request_start_loc` [num_requests + 1]; None: one each. A segment is
+    [num_segments]: `quota`, `threshold`, `factor`, `alg_temp`, `seed`, `step`; its rows are `segment_start_loc`
+    [num_segments + 1]. A row is [rows]: `row_position` (its column), `token`, fp32 `confidence`. Slots are distinct.
+
+    Columns past the end of a shorter canvas are not special: the caller keeps them masked or cuts `final_prefix` itself.
+    """
+    num_requests, num_segments, rows = slot.shape[0], quota.shape[0], token.shape[0]
+    if request_start_loc is None and num_segments != num_requests:
+        raise ValueError(
+            f"{num_segments} segments of {num_requests} requests need request_start_loc; pass it, or one segment each"
+        )
+    if alg_temp is not None and (seed is None or step is None):
+        raise ValueError("alg_temp draws the order of positions from seed and step; pass them, or alg_temp=None")
+    _check(
+        canvas_tokens,
+        canvas_masked,
+        (
+            ("slot", slot, num_requests, None),
+            ("request_start_loc", request_start_loc, num_requests + 1, None),
+            ("final_prefix", final_prefix, num_requests, torch.int32),
+            ("eos_token_id", eos_token_id, num_requests, torch.int32),
+            ("segment_start_loc", segment_start_loc, num_segments + 1, None),
+            ("quota", quota, num_segments, torch.int32),
+            ("threshold", threshold, num_segments, torch.float32),
+            ("factor", factor, num_segments, torch.float32),
+            ("alg_temp", alg_temp, num_segments, torch.float32),
+            ("seed", seed, num_segments, torch.int64),
+            ("step", step, num_segments, torch.int64),
+            ("row_position", row_position, rows, None),
+            ("token", token, rows, None),
+            ("confidence", confidence, rows, torch.float32),
+        ),
+    )
+    summary = torch.empty(num_segments + 2 * num_requests, dtype=torch.int32, device=slot.device)
+    prefix_end = num_segments + num_requests
+    result = Unmasked(summary, summary[:num_segments], summary[num_segments:prefix_end], summary[prefix_end:])
+    if num_requests:
+        run = unmask_triton if use_triton(canvas_tokens.device.type) else unmask_reference
+        run(
+            canvas_tokens, canvas_masked, slot, request_start_loc, segment_start_loc, row_position, token, confidence,
+            quota, threshold, factor, alg_temp, seed, step, final_prefix, eos_token_id, result,
+        )  # fmt: skip
+    return result
+
+
+def unmask_reference(
+    canvas_tokens: Tensor,
+    canvas_masked: Tensor,
+    slot: Tensor,
+    request_start_loc: Tensor | None,
+    segment_start_loc: Tensor,
+    row_position: Tensor,
+    token: Tensor,
+    confidence: Tensor,
+    quota: Tensor,
+    threshold: Tensor | None,
+    factor: Tensor | None,
+    alg_temp: Tensor | None,
+    seed: Tensor | None,
+    step: Tensor | None,
+    final_prefix: Tensor,
+    eos_token_id: Tensor,
+    result: Unmasked,
+) -> None:
+    """The torch path: two stable sorts order all rows at once, whatever the shape of the batch."""
+    rows, max_canvas = confidence.shape[0], canvas_masked.shape[1]
+    length = segment_start_loc.diff()
+    row = torch.arange(rows, device=confidence.device)
+    segment = torch.bucketize(row, segment_start_loc[1:], right=True)
+
+    # Ascending order of the negated score puts NaN last, where a descending sort would put it first.
+    score = -confidence
+    if alg_temp is not None:
+        temperature = alg_temp[segment]
+        noise = philox.gumbel(seed[segment], row_position.to(torch.int64), step[segment], stream=philox.ORDER)
+        score = torch.where(temperature > 0, score / temperature - noise, score)
+    order = score.argsort(stable=True)
+    if quota.shape[0] > 1:
+        order = order.index_select(0, segment.index_select(0, order).argsort(stable=True))
+    rank = row - segment_start_loc.index_select(0, segment)
+
+    count = quota
+    if threshold is not None:
+        above = (confidence > threshold.index_select(0, segment)).to(torch.int32)
+        count = count.maximum(torch.zeros_like(quota).index_add_(0, segment, above))
+    if factor is not None:
+        fails = (rank > 0) & ~(confidence[order] >= 1 - factor[segment] / (rank + 2))
+        prefix = length.to(rank.dtype).scatter_reduce(0, segment, torch.where(fails, rank, rows), "amin")
+        count = count.maximum(torch.where(factor > 0, prefix, 0).to(torch.int32))
+    count = count.clamp(min=0).minimum(length)
+    torch.sub(length, count, out=result.remaining)
+
+    taken = torch.empty(rows, dtype=torch.bool, device=order.device)
+    taken.scatter_(0, order, rank < count.index_select(0, segment))
+    request = segment if request_start_loc is None else torch.bucketize(segment, request_start_loc[1:], right=True)
+    cell = slot.to(torch.int64).index_select(0, request) * max_canvas + row_position
+    tokens = canvas_tokens.view(-1)
+    tokens.put_(cell, torch.where(taken, token.to(tokens.dtype), tokens.take(cell)))
+    canvas_masked.view(-1).put_(cell, ~taken)
+
+    column = torch.arange(max_canvas, device=slot.device, dtype=torch.int32)
+    open_column = canvas_masked.index_select(0, slot) & (column >= final_prefix[:, None])
+    torch.amin(torch.where(open_column, column, max_canvas), 1, out=result.final_prefix)
+    is_eos = canvas_tokens.index_select(0, slot) == eos_token_id[:, None]
+    is_eos &= column < result.final_prefix[:, None]
+    torch.amin(torch.where(is_eos, column, max_canvas), 1, out=result.first_eos)
+    result.first_eos.masked_fill_(result.first_eos == max_canvas, -1)
+
+
+def _check(
+    canvas_tokens: Tensor,
+    canvas_masked: Tensor,
+    tensors: tuple[tuple[str, Tensor | None, int, torch.dtype | None], ...],
+) -> None:
+    """Shapes and dtypes only: the values are on the device. A dtype of None is any integer."""
+    if (
+        canvas_tokens.dim() != 2
+        or canvas_masked.shape != canvas_tokens.shape
+        or canvas_masked.dtype != torch.bool
+        or not (canvas_tokens.is_contiguous() and canvas_masked.is_contiguous())
+    ):
+        raise ValueError(
+            "canvas_tokens and canvas_masked must both be contiguous [max_slots, max_canvas], the latter bool, got "
+            f"{list(canvas_tokens.shape)} and {canvas_masked.dtype} {list(canvas_masked.shape)}"
+        )
+    for name, tensor, size, dtype in tensors:
+        if tensor is None:
+            continue
+        if (
+            tensor.dim() != 1
+            or tensor.shape[0] != size
+            or tensor.dtype != (dtype or tensor.dtype)
+            or (dtype is None and tensor.dtype.is_floating_point)
+        ):
+            raise ValueError(f"{name} must be {dtype or 'integer'} [{size}], got {tensor.dtype} {list(tensor.shape)}")
+
+
+def unmask_triton(
+    canvas_tokens: Tensor,
+    canvas_masked: Tensor,
+    slot: Tensor,
+    request_start_loc: Tensor | None,
+    segment_start_loc: Tensor,
+    row_position: Tensor,
+    token: Tensor,
+    confidence: Tensor,
+    quota: Tensor,
+    threshold: Tensor | None,
+    factor: Tensor | None,
+    alg_temp: Tensor | None,
+    seed: Tensor | None,
+    step: Tensor | None,
+    final_prefix: Tensor,
+    eos_token_id: Tensor,
+    result: Unmasked,
+) -> None:
+    """One launch, one program a request."""
+    inputs = contiguous(
+        slot, request_start_loc, segment_start_loc, row_position, token, confidence,
+        quota, threshold, factor, alg_temp, seed, step, final_prefix, eos_token_id,
+    )  # fmt: skip
+    rank = torch.empty(confidence.shape, dtype=torch.int32, device=confidence.device)
+    _unmask_kernel[slot.shape](
+        canvas_tokens, canvas_masked, *inputs,
+        rank, result.remaining, result.final_prefix, result.first_eos,
+        canvas_masked.shape[1], BLOCK=64, COLUMNS=1024, ORDER=philox.ORDER,
+    )  # fmt: skip
+
+
+@triton.jit
+def _unmask_kernel(
+    canvas_tokens_ptr, canvas_masked_ptr, slot_ptr, request_start_loc_ptr, segment_start_loc_ptr, row_position_ptr,
+    token_ptr, confidence_ptr, quota_ptr, threshold_ptr, factor_ptr, alg_temp_ptr, seed_ptr, step_ptr,
+    final_prefix_ptr, eos_token_id_ptr,
+    rank_ptr, remaining_ptr, new_final_prefix_ptr, first_eos_ptr,
+    max_canvas,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ORDER: tl.constexpr,
+):  # fmt: skip
+    """Ranks by counting who comes before, tile against tile: no sort, no limit on the rows of a segment."""
+    request = tl.program_id(0)
+    canvas = tl.load(slot_ptr + request).to(tl.int64) * max_canvas
+    if request_start_loc_ptr is None:
+        first_segment, last_segment = request, request + 1
+    else:
+        first_segment = tl.load(request_start_loc_ptr + request).to(tl.int32)
+        last_segment = tl.load(request_start_loc_ptr + request + 1).to(tl.int32)
+
+    for segment in range(first_segment, last_segment):
+        begin = tl.load(segment_start_loc_ptr + segment).to(tl.int32)
+        end = tl.load(segment_start_loc_ptr + segment + 1).to(tl.int32)
+        above = 0
+        prefix = end - begin
+        for first in range(begin, end, BLOCK):
+            row = first + tl.arange(0, BLOCK)
+            score = _score(row, end, segment, row_position_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, step_ptr, ORDER)
+            rank = tl.zeros([BLOCK], tl.int32)
+            for other_first in range(begin, end, BLOCK):
+                other = other_first + tl.arange(0, BLOCK)
+                rival = _score(
+                    other, end, segment, row_position_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, step_ptr, ORDER
+                )
+                ahead = (rival[None, :] > score[:, None]) | (
+                    (rival[None, :] == score[:, None]) & (other[None, :] < row[:, None])
+                )
+                rank += tl.sum((ahead & (other < end)[None, :]).to(tl.int32), 1)
+            tl.store(rank_ptr + row, rank, mask=row < end)
+            c = tl.load(confidence_ptr + row, mask=row < end, other=float("-inf"))
+            if threshold_ptr is not None:
+                above += tl.sum((c > tl.load(threshold_ptr + segment)).to(tl.int32), 0)
+            if factor_ptr is not None:
+                passes = c >= 1 - tl.load(factor_ptr + segment) / (rank + 2).to(tl.float32)
+                failed_rank = tl.where((row < end) & (rank > 0) & (passes == 0), rank, end - begin)
+                prefix = tl.minimum(prefix, tl.min(failed_rank, 0))
+
+        count = tl.maximum(tl.load(quota_ptr + segment), above)
+        if factor_ptr is not None:
+            count = tl.where(tl.load(factor_ptr + segment) > 0, tl.maximum(count, prefix), count)
+        count = tl.minimum(tl.maximum(count, 0), end - begin)
+        tl.store(remaining_ptr + segment, end - begin - count)
+
+        for first in range(begin, end, BLOCK):  # each thread reads the ranks that it wrote
+            row = first + tl.arange(0, BLOCK)
+            rank = tl.load(rank_ptr + row, mask=row < end, other=count)
+            cell = canvas + tl.load(row_position_ptr + row, mask=row < end, other=0).to(tl.int64)
+            token = tl.load(token_ptr + row, mask=row < end, other=0)
+            tl.store(canvas_tokens_ptr + cell, token.to(canvas_tokens_ptr.dtype.element_ty), mask=rank < count)
+            tl.store(canvas_masked_ptr + cell, tl.zeros([BLOCK], tl.int1), mask=rank < count)
+
+    tl.debug_barrier()  # the scans below read what other threads of this program wrote
+    open_column = max_canvas
+    first = tl.load(final_prefix_ptr + request)
+    while first < max_canvas:
+        column = first + tl.arange(0, COLUMNS)
+        masked = tl.load(canvas_masked_ptr + canvas + column, mask=column < max_canvas, other=0)
+        open_column = tl.min(tl.where(masked != 0, column, max_canvas), 0)
+        first = tl.where(open_column < max_canvas, max_canvas, first + COLUMNS)
+    tl.store(new_final_prefix_ptr + request, open_column)
+
+    eos = tl.load(eos_token_id_ptr + request)
+    eos_column = open_column
+    first = 0
+    while first < open_column:
+        column = first + tl.arange(0, COLUMNS)
+        token = tl.load(canvas_tokens_ptr + canvas + column, mask=column < open_column, other=-1)
+        eos_column = tl.min(tl.where((token == eos) & (column < open_column), column, open_column), 0)
+        first = tl.where(eos_column < open_column, open_column, first + COLUMNS)
+    tl.store(first_eos_ptr + request, tl.where(eos_column < open_column, eos_column, -1))
+
+
+@triton.jit
+def _score(row, end, segment, row_position_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, step_ptr, ORDER: tl.constexpr):
+    """What orders the rows of a segment, highest first: finite, with NaN below the lowest."""
+    score = tl.load(confidence_ptr + row, mask=row < end, other=float("-inf"))
+    if alg_temp_ptr is not None:
+        temperature = tl.load(alg_temp_ptr + segment)
+        if temperature > 0:
+            position = tl.load(row_position_ptr + row, mask=row < end, other=0)
+            bits, _, _, _ = philox.philox_block(
+                tl.load(seed_ptr + segment), position, tl.load(step_ptr + segment), position * 0, ORDER
+            )
+            score = score / temperature + philox.gumbel_from_bits_block(bits)
+    score = tl.maximum(score, -3.4028234663852886e38, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(score != score, float("-inf"), score)
