@@ -387,8 +387,8 @@ def _split_rows(logits: Tensor, vocab_start: int) -> tuple[int, int, int]:
     columns = vocab + vocab_start % 4
     tile = min(_TILE, max(triton.next_power_of_2(columns), 128))
     tiles = triton.cdiv(columns, tile)
-    # About 16 parts for each multiprocessor keep the last wave short; few rows are split as far as they go.
-    per_part = min(max(rows * tiles // (16 * num_multiprocessors(logits.device)), 1), 8)
+    # One wave of programs: more of them only repeat the work at the ends of a part.
+    per_part = min(max(triton.cdiv(rows * tiles, 8 * num_multiprocessors(logits.device)), 1), tiles)
     return tile, per_part, triton.cdiv(tiles, per_part)
 
 
@@ -454,10 +454,14 @@ def _part_kernel(
     peak, peak_tile = best, best_tile  # of what has mass
     second = best  # the highest after it, of another tile
     total = tl.zeros([GROUPS], tl.float32)  # sum of exponentials relative to the peak
+    ahead = first + tl.arange(0, BLOCK)
+    loaded = tl.load(logits + ahead, mask=(ahead >= 0) & (ahead < vocab), other=lowest)
     for tile in range(tiles):
-        column = first + tile * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(logits + column, mask=(column >= 0) & (column < vocab), other=lowest).to(tl.float32)
         start = first + tile * BLOCK
+        column = start + tl.arange(0, BLOCK)
+        x = loaded.to(tl.float32)
+        ahead = column + BLOCK  # on its way while this tile is computed
+        loaded = tl.load(logits + ahead, mask=(tile + 1 < tiles) & (ahead < vocab), other=lowest)
         high = tl.max(tl.reshape(x, [GROUPS, 8]), 1)
         top = high
         if _any_inside(start, vocab_start, row, no_choice_ptr, NO_CHOICE, BLOCK):

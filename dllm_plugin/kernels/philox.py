@@ -51,7 +51,7 @@ def row_bits(
     rows = seed.shape[0]
     shape = (rows, last_block - first_block)
     counter = _counter(block.expand(shape), position[:, None].expand(shape), step[:, None].expand(shape), stream)
-    words = philox4x32(counter, _key(seed[:, None])).permute(1, 2, 0).reshape(rows, -1)
+    words = philox4x32(counter, _key(seed[:, None])).permute(1, 2, 0).flatten(1)
     return words[:, first_column - 4 * first_block :][:, :num_columns]
 
 

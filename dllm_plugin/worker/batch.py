@@ -1,13 +1,47 @@
 """One step's ragged batch: which tokens are forwarded, and which rows of logits are asked for."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
 
 from dllm_plugin.attention import FullWindows, PagedWindows, WindowBatch
+from dllm_plugin.scheduler.output import Canvas
 from dllm_plugin.scheduler.window import Window
 from dllm_plugin.worker.canvas import CanvasStore
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What the requests of a step ask of the choice between them; what none asks for is not computed."""
+
+    policies: tuple[str, ...]
+    sampling: bool
+    filters: bool
+    suppression: bool
+    random_order: bool
+    pipelined: bool
+
+    @classmethod
+    def of(cls, canvases: list[Canvas], windows: list[Window]) -> "Needs":
+        return cls(
+            policies=tuple({canvas.params.remasking: None for canvas in canvases}),
+            sampling=any(canvas.temperature > 0 for canvas in canvases),
+            filters=any(canvas.top_k > 0 or canvas.top_p < 1 for canvas in canvases),
+            suppression=any(canvas.params.eos_suppression != "none" for canvas in canvases),
+            random_order=any(canvas.params.alg_temp > 0 for canvas in canvases),
+            pipelined=any(window.block_length for window in windows),
+        )
+
+    @property
+    def noise(self) -> bool:
+        return self.sampling or "random" in self.policies or "origin" in self.policies
+
+    @property
+    def per_row(self) -> bool:
+        """False where all rows are chosen and ranked alike."""
+        return self.noise or self.filters or self.suppression or len(self.policies) > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +72,15 @@ class Layout:
     token_index: torch.Tensor  # [tokens], into the flattened store
     positions: torch.Tensor  # [tokens], in the sequence
     place_index: torch.Tensor  # [places], into the flattened store
-    place_position: torch.Tensor  # [places], in the sequence
-    place_token: torch.Tensor  # [places], the token whose logits predict the place
-    place_request: torch.Tensor  # [places]
+    places: torch.Tensor  # [3, places]: the token whose logits predict it, its position in the sequence, its request
     block_request: torch.Tensor  # [blocks]
     request_start_loc: torch.Tensor | None  # [requests + 1] int32, blocks of a request; None: one each
     guidance: Guidance | None
+    needs: Needs
+
+    @property
+    def place_request(self) -> torch.Tensor:
+        return self.places[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +96,7 @@ class StepBatch:
     row_position: torch.Tensor  # [rows] int64
     row_request: torch.Tensor  # [rows] int64
     row_start_loc: torch.Tensor  # [blocks + 1] int32, rows of a block
-    step: torch.Tensor  # [requests] int64
+    step: torch.Tensor  # [requests] int32
     final_prefix: torch.Tensor  # [requests] int32
     quota: torch.Tensor  # [blocks] int32
     threshold: torch.Tensor | None  # [blocks] float32; None where no block has one
@@ -93,15 +130,25 @@ class BatchBuilder:
         requests = [store.requests[request_id] for request_id in layout.request_ids]
         steps = [windows[request_id] for request_id in layout.request_ids]
         blocks = [block for window in steps for block in window.blocks]
-        step, final_prefix = to_device(store.device, [w.step for w in steps], [r.final_prefix for r in requests])
         masks = [block.num_masked for block in blocks]
-        quota, row_loc = to_device(store.device, [block.quota for block in blocks], start_loc(masks))
+        (numbers,) = to_device(
+            store.device,
+            [
+                *(window.step for window in steps),
+                *(request.final_prefix for request in requests),
+                *(block.quota for block in blocks),
+                *accumulate(masks, initial=0),
+            ],
+        )
+        sizes = (len(steps), len(steps), len(blocks), len(blocks) + 1)
+        step, final_prefix, quota, row_start_loc = numbers.int().split(sizes)
 
         input_ids = store.tokens.view(-1)[layout.token_index]
         if (guidance := layout.guidance) is not None:
             input_ids[: guidance.num_tokens].masked_fill_(guidance.hidden, store.mask_token_id)
         masked = store.masked.view(-1)[layout.place_index]
         row_place = torch.nonzero_static(masked, size=sum(masks)).squeeze(1)
+        row_token, row_position, row_request = layout.places[:, row_place]
         # pinned positions, and blocks filled before the one in front of them, become final together with it
         ends = [
             r.canvas_end if r.has_pinned or w.block_length else w.blocks[-1].end
@@ -112,13 +159,13 @@ class BatchBuilder:
             num_rows=[sum(block.num_masked for block in window.blocks) for window in steps],
             max_emitted=max(0, *(end - request.final_prefix for end, request in zip(ends, requests, strict=True))),
             input_ids=input_ids,
-            row_token=layout.place_token[row_place],
-            row_position=layout.place_position[row_place],
-            row_request=layout.place_request[row_place],
-            row_start_loc=row_loc.int(),
+            row_token=row_token,
+            row_position=row_position,
+            row_request=row_request,
+            row_start_loc=row_start_loc,
             step=step,
-            final_prefix=final_prefix.int(),
-            quota=quota.int(),
+            final_prefix=final_prefix,
+            quota=quota,
             threshold=self._optional([block.threshold for block in blocks], np.inf),
             factor=self._optional([block.factor for block in blocks], 0.0),
         )
@@ -184,18 +231,14 @@ class BatchBuilder:
                 guided=distances > 0,
             )
         one_block_each = len(blocks) == num_requests
-        token_index, positions, place_index, place_position, place_token, place_request, slots, block_requests = (
-            to_device(
-                device,
-                np.repeat(slot[of] * stride, length) + position,
-                position,
-                slot[place_request] * stride + place_position,
-                place_position,
-                ranges(first_token, block_length),
-                place_request,
-                slot,
-                block_request,
-            )
+        token_index, positions, place_index, places, slots, block_requests = to_device(
+            device,
+            np.repeat(slot[of] * stride, length) + position,
+            position,
+            slot[place_request] * stride + place_position,
+            np.concatenate([ranges(first_token, block_length), place_position, place_request]),
+            slot,
+            block_request,
         )
         (request_loc,) = to_device(device, start_loc([len(window.blocks) for window in steps]))
         return Layout(
@@ -208,12 +251,11 @@ class BatchBuilder:
             token_index=token_index,
             positions=positions,
             place_index=place_index,
-            place_position=place_position,
-            place_token=place_token,
-            place_request=place_request,
+            places=places.view(3, -1),
             block_request=block_requests,
             request_start_loc=None if one_block_each else request_loc.int(),
             guidance=guidance,
+            needs=Needs.of([request.canvas for request in requests], steps),
         )
 
     def _window_batch(

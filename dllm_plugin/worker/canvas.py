@@ -37,6 +37,7 @@ class CanvasStore:
         self.turn_end_token_id = turn_end_token_id
         self.device = device
         self.requests: dict[str, Request] = {}
+        self.forbidden_mask = torch.tensor([[mask_token_id]], device=device)
         self._free: list[int] = []
         self._num_begun = 0
         self.tokens = torch.empty((0, _MIN_LENGTH), dtype=torch.int32, device=device)
@@ -124,7 +125,7 @@ class CanvasStore:
         if (num_slots, length) == (old_slots, old_length):
             return
         for name, old in vars(self).items():
-            if isinstance(old, torch.Tensor):
+            if isinstance(old, torch.Tensor) and name != "forbidden_mask":
                 shape = (num_slots, length) if name in ("tokens", "masked") else (num_slots, *old.shape[1:])
                 new = torch.full(shape, name == "masked", dtype=old.dtype, device=self.device)
                 new[tuple(slice(size) for size in old.shape)] = old

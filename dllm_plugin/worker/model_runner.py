@@ -1,8 +1,6 @@
 """One denoising step for a batch of windows: forward, choose tokens, rank positions, unmask."""
 
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from dllm_plugin.kernels.confidence import Confidence, confidence
 from dllm_plugin.kernels.filter import filter_top_k_top_p
 from dllm_plugin.kernels.unmask import Unmasked, unmask
 from dllm_plugin.params import REMASKING_POLICIES
-from dllm_plugin.scheduler.output import Canvas, DiffusionModelRunnerOutput, DiffusionSchedulerOutput
+from dllm_plugin.scheduler.output import DiffusionModelRunnerOutput, DiffusionSchedulerOutput
 from dllm_plugin.scheduler.window import Window
 from dllm_plugin.worker.adapters import AdapterMixin
 from dllm_plugin.worker.batch import BatchBuilder, StepBatch
@@ -31,32 +29,6 @@ from dllm_plugin.worker.canvas import CanvasStore
 
 # Rows of logits are computed in chunks of about this size, whatever the batch asks for.
 LOGITS_CHUNK_BYTES = 512 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Needs:
-    """What the requests of a step ask of the choice between them; what none asks for is not computed."""
-
-    policies: tuple[str, ...]
-    sampling: bool
-    filters: bool
-    suppression: bool
-    random_order: bool
-
-    @classmethod
-    def of(cls, canvases: Iterable[Canvas]) -> "Needs":
-        canvases = list(canvases)
-        return cls(
-            policies=tuple({canvas.params.remasking: None for canvas in canvases}),
-            sampling=any(canvas.temperature > 0 for canvas in canvases),
-            filters=any(canvas.top_k > 0 or canvas.top_p < 1 for canvas in canvases),
-            suppression=any(canvas.params.eos_suppression != "none" for canvas in canvases),
-            random_order=any(canvas.params.alg_temp > 0 for canvas in canvases),
-        )
-
-    @property
-    def noise(self) -> bool:
-        return self.sampling or "random" in self.policies or "origin" in self.policies
 
 
 class DiffusionModelRunner(AdapterMixin):
@@ -124,14 +96,13 @@ class DiffusionModelRunner(AdapterMixin):
 
     def choose(self, hidden_states: torch.Tensor, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Token of every row, and the confidence its position is ranked by: ``[rows]`` each."""
-        needs = Needs.of(self.state.requests[request_id].canvas for request_id in batch.request_ids)
         num_rows = len(batch.row_token)
         chunk = max(1, LOGITS_CHUNK_BYTES // (self.model.num_embeddings * hidden_states.element_size()))
         parts = []
         for first in range(0, num_rows, chunk):
             rows = slice(first, min(first + chunk, num_rows))
             logits = self.logits_of(hidden_states, batch, rows)
-            parts.append(self.rank(logits, batch, rows, needs))
+            parts.append(self.rank(logits, batch, rows))
         if len(parts) == 1:
             return parts[0]
         return torch.cat([token for token, _ in parts]), torch.cat([ranking for _, ranking in parts])
@@ -150,15 +121,13 @@ class DiffusionModelRunner(AdapterMixin):
             logits = torch.where(guidance.guided[request][:, None], guided, logits)
         return logits
 
-    def rank(
-        self, logits: torch.Tensor, batch: StepBatch, rows: slice, needs: Needs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def rank(self, logits: torch.Tensor, batch: StepBatch, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Token and ranking confidence of some rows, each by its own request's parameters."""
-        state, request, position = self.state, batch.row_request[rows], batch.row_position[rows]
-        slot = batch.slots[request]
-        no_choice = state.no_choice[slot] if needs.suppression else state.no_choice[slot, :1]
+        state, needs, position = self.state, batch.layout.needs, batch.row_position[rows]
+        slot = batch.slots[batch.row_request[rows]] if needs.per_row else None
+        no_choice = state.no_choice[slot] if needs.suppression else state.forbidden_mask.expand(len(position), 1)
         temperature = state.temperature[slot] if needs.sampling else None
-        seed, step = (state.seed[slot], batch.step[request]) if needs.noise else (None, None)
+        seed, step = (state.seed[slot], batch.step[batch.row_request[rows]].long()) if needs.noise else (None, None)
         if needs.filters:
             logits, temperature = self.filter(logits, slot, temperature, no_choice)
         statistics = confidence(
@@ -173,18 +142,16 @@ class DiffusionModelRunner(AdapterMixin):
             margin="topk_margin" in needs.policies,
             entropy="entropy" in needs.policies,
         )
-        rankings = {}
+        ranking = None
         for policy in needs.policies:
             if policy in ("random", "origin"):
-                rankings[policy] = philox.uniform(seed, position, step, stream=philox.UNIFORM)
+                value = philox.uniform(seed, position, step, stream=philox.UNIFORM)
             elif policy == "sequential":
-                rankings[policy] = -position.float()
+                value = -position.float()
             else:
-                rankings[policy] = ranking_confidence(policy, statistics)
-        first, *others = needs.policies
-        ranking = rankings[first]
-        for policy in others:
-            ranking = torch.where(state.policy[slot] == REMASKING_POLICIES.index(policy), rankings[policy], ranking)
+                value = ranking_confidence(policy, statistics)
+            mine = ranking is None or state.policy[slot] == REMASKING_POLICIES.index(policy)
+            ranking = value if ranking is None else torch.where(mine, value, ranking)
         return statistics.token, ranking
 
     def filter(
@@ -206,9 +173,7 @@ class DiffusionModelRunner(AdapterMixin):
     def unmask(self, batch: StepBatch, token: torch.Tensor, ranking: torch.Tensor) -> Unmasked:
         """Write the tokens of the best-ranked rows into their canvases."""
         state = self.state
-        requests = [state.requests[request_id] for request_id in batch.request_ids]
-        random_order = any(request.canvas.params.alg_temp > 0 for request in requests)
-        block_request = batch.layout.block_request
+        random_order, block_request = batch.layout.needs.random_order, batch.layout.block_request
         return unmask(
             state.tokens,
             state.masked,
@@ -223,7 +188,7 @@ class DiffusionModelRunner(AdapterMixin):
             factor=batch.factor,
             alg_temp=state.alg_temp[batch.slots[block_request]] if random_order else None,
             seed=state.seed[batch.slots[block_request]] if random_order else None,
-            step=batch.step[block_request] if random_order else None,
+            step=batch.step[block_request].long() if random_order else None,
             final_prefix=batch.final_prefix,
             eos_token_id=torch.full_like(batch.final_prefix, -1),  # vLLM's scheduler looks for the end of a response
         )
@@ -233,19 +198,18 @@ class DiffusionModelRunner(AdapterMixin):
         state, num_requests = self.state, len(batch.request_ids)
         column = batch.final_prefix[:, None] + torch.arange(batch.max_emitted, device=self.device)
         tail = state.tokens[batch.slots[:, None], column.clamp_(max=state.tokens.shape[1] - 1)]
-        numbers = [unmasked.remaining, unmasked.final_prefix, tail.flatten()]
-        pipelined = any(window.block_length for window in windows.values())
-        if pipelined:
-            numbers.append(self.eos_is_taken(batch))
-        *numbers, eos_is_taken = torch.cat(numbers).split(
-            [len(unmasked.remaining), num_requests, tail.numel(), num_requests if pipelined else 0]
-        )
-        remaining, final_prefix, tokens = (part.tolist() for part in numbers)
+        parts = [unmasked.remaining, unmasked.final_prefix, tail.flatten()]
+        if pipelined := batch.layout.needs.pipelined:
+            parts.append(self.eos_is_taken(batch))
+        numbers = torch.cat(parts).tolist()
+        num_blocks = len(unmasked.remaining)
+        remaining, final_prefix = numbers[:num_blocks], numbers[num_blocks : num_blocks + num_requests]
+        tokens, eos_is_taken = numbers[num_blocks + num_requests :], numbers[-num_requests:]
         sampled_token_ids, num_masked, first_block = [], {}, 0
         for i, request_id in enumerate(batch.request_ids):
-            request, num_blocks = state.requests[request_id], len(windows[request_id].blocks)
-            num_masked[request_id] = remaining[first_block : first_block + num_blocks]
-            first_block += num_blocks
+            request, last_block = state.requests[request_id], first_block + len(windows[request_id].blocks)
+            num_masked[request_id] = remaining[first_block:last_block]
+            first_block = last_block
             num_new = max(0, min(final_prefix[i], request.canvas_end) - request.final_prefix)
             sampled_token_ids.append(tokens[i * batch.max_emitted :][:num_new])
             request.final_prefix += num_new
@@ -254,7 +218,7 @@ class DiffusionModelRunner(AdapterMixin):
             req_id_to_index={request_id: i for i, request_id in enumerate(batch.request_ids)},
             sampled_token_ids=sampled_token_ids,
             num_masked=num_masked,
-            eos_is_taken={batch.request_ids[i] for i, taken in enumerate(eos_is_taken.tolist()) if taken},
+            eos_is_taken={i for i, taken in zip(batch.request_ids, eos_is_taken, strict=True) if taken and pipelined},
         )
 
     def eos_is_taken(self, batch: StepBatch) -> torch.Tensor:
