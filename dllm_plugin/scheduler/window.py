@@ -8,17 +8,16 @@ picks the next window, and nothing more. Positions count from the start of the s
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from dllm_plugin.params import DREAM_POLICIES, HOLE, DiffusionParams
 
 
-@dataclass(frozen=True, slots=True)
-class ActiveBlock:
+class ActiveBlock(NamedTuple):
     """Positions ``[start, end)`` of which some are unmasked after the forward pass.
 
     These are the ``n`` most confident, ``n`` the largest of ``quota``, the number of confidences above ``threshold``,
@@ -34,8 +33,7 @@ class ActiveBlock:
     factor: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(NamedTuple):
     """One denoising step: forward ``[start, end)``, let queries see keys below ``visible``, unmask in ``blocks``.
 
     With ``block_length`` > 0 attention is block-causal: a query sees ``[0, prefix_length)`` and everything up to the
