@@ -1,4 +1,4 @@
-"""Trains the two tiny checkpoints that ship with the package, on a CPU, from nothing.
+"""Trains the two tiny checkpoints tiny-llada and tiny-dream from nothing.
 
     python examples/train_tiny.py --model tiny-llada --out /tmp/tiny-llada
     python examples/train_tiny.py --model tiny-dream --out /tmp/tiny-dream
@@ -8,8 +8,9 @@ config keys, tensor names, special tokens, chat template and tokenizer files, so
 The model answers the questions of `dllm_plugin.checkpoints.tasks`; the exact match printed at the end is over held-out
 questions, decoded by the plain loops of this file from the weights as saved (bf16).
 
-The same command on the same machine with the same torch gives the same weights, bit for bit. Another number of threads,
-processor or torch version sums in another order, and so gives other weights of about the same quality.
+The same command on the same machine with the same torch gives the same weights. Another number of threads, processor,
+device or torch version sums in another order, and so gives other weights of about the same quality. The weights in the
+package were made by the commands above with `--device cuda` (one H200, torch 2.11, 263 s and 268 s, both at once).
 """
 
 import argparse
