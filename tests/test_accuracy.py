@@ -1,0 +1,36 @@
+"""The bundled checkpoints answer the held-out questions, through the engine and the chat template."""
+
+import pytest
+from vllm import SamplingParams
+
+from dllm_plugin.checkpoints.tasks import questions
+from dllm_plugin.metrics import tokens_per_forward
+
+# checkpoint, its decoding, the least share of right answers, the least tokens per forward
+SETTINGS = {
+    "llada one token a step": ("tiny-llada", {"block_length": 8}, 0.95, 0.0),
+    "llada cached threshold": ("tiny-llada", {"block_length": 8, "cache": "dual", "threshold": 0.9}, 0.95, 2.0),
+    "dream entropy": ("tiny-dream", {"remasking": "entropy", "block_length": 8}, 0.95, 0.0),
+    "dream cached threshold": ("tiny-dream", {"block_length": 8, "cache": "dual", "threshold": 0.9}, 0.95, 2.0),
+    "d2f": ("tiny-d2f", {"strategy": "d2f", "block_length": 16}, 0.95, 2.0),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_held_out_questions_are_answered(engine, setting):
+    checkpoint, extras, least_right, least_tpf = SETTINGS[setting]
+    asked = questions("held_out", 200, seed=0)
+    params = SamplingParams(
+        temperature=0, max_tokens=32, seed=0, extra_args={f"diffusion_{name}": value for name, value in extras.items()}
+    )
+    chats = [[{"role": "user", "content": question.text}] for question in asked]
+    outputs = engine(checkpoint).chat(chats, params, use_tqdm=False)
+    completions = [output.outputs[0] for output in outputs]
+    wrong = [
+        (question.text, completion.text)
+        for question, completion in zip(asked, completions, strict=True)
+        if completion.text != question.answer
+    ]
+    assert len(asked) == 200
+    assert 1 - len(wrong) / len(asked) >= least_right, wrong
+    assert sum(map(tokens_per_forward, completions)) / len(completions) >= least_tpf
