@@ -75,7 +75,7 @@ DESCRIPTIONS: dict[str, str] = {
 }
 
 
-_MOST = 1_000_000  # no count is larger; far beyond any sequence, so it is not worth a word
+_MOST = 1_000_000  # nothing is larger; far beyond any use, so that it is not worth a word
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,9 @@ class _Rule:
 def _is_number(value: Any, kind: type) -> bool:
     # bool is an int to Python, and True is not a number of steps
     wanted = int if kind is int else (int, float)
-    return isinstance(value, wanted) and not isinstance(value, bool) and math.isfinite(value)
+    return (
+        isinstance(value, wanted) and not isinstance(value, bool) and (isinstance(value, int) or math.isfinite(value))
+    )
 
 
 _COUNT = _Rule(int, 1, _MOST)
@@ -130,10 +132,10 @@ RULES: dict[str, _Rule] = {
     "canvas_length": _COUNT,
     "remasking": _Rule(str, choices=REMASKING_POLICIES),
     "threshold": _SHARE,
-    "factor": _Rule(float, 0.0, low_excluded=True),
-    "alg_temp": _Rule(float, 0.0),
+    "factor": _Rule(float, 0.0, _MOST, low_excluded=True),
+    "alg_temp": _Rule(float, 0.0, _MOST),
     "eps": _Rule(float, 0.0, 1.0, high_excluded=True),
-    "cfg_scale": _Rule(float, 0.0),
+    "cfg_scale": _Rule(float, 0.0, _MOST),
     "eos_suppression": _Rule(str, choices=EOS_SUPPRESSIONS),
     "max_steps": _COUNT,
     "cache": _Rule(str, choices=CACHE_MODES),

@@ -114,3 +114,7 @@ class DreamConfig(_StrictConfig):
         "use_sliding_window": (False, None),
         "use_mrope": (False, None),
     }
+
+    def __init__(self, **kwargs: Any) -> None:
+        # transformers replaces the inherited __init__ of a class that has none of its own
+        super().__init__(**kwargs)

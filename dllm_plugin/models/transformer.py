@@ -35,6 +35,7 @@ class Shape:
     num_kv_heads: int
     intermediate_size: int
     num_embeddings: int
+    vocab_size: int  # of the embeddings; what is behind pads the matrix
     norm_eps: float
     rope_theta: float
     qkv_bias: bool
@@ -45,6 +46,18 @@ class Shape:
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_heads
+
+    def tensor_shape(self, target: str, shard: int | str | None) -> tuple[int, ...]:
+        """Shape of the checkpoint's tensor for a parameter of the decoder, or for a shard of it."""
+        *_, module, kind = target.split(".")
+        rows = {
+            "embedding": self.num_embeddings,
+            "head": self.num_embeddings,
+            "gate_up_proj": self.intermediate_size,
+            "qkv_proj": (self.num_heads if shard == "q" else self.num_kv_heads) * self.head_size,
+        }.get(module, self.hidden_size)
+        columns = self.intermediate_size if module == "down_proj" else self.hidden_size
+        return (rows,) if kind == "bias" or module.endswith("norm") else (rows, columns)
 
 
 class RMSNorm(nn.Module):
@@ -143,7 +156,7 @@ class Decoder(nn.Module):
             self.head = ParallelLMHead(
                 shape.num_embeddings, shape.hidden_size, quant_config=quant_config, prefix=f"{prefix}.head"
             )
-        self.logits_processor = LogitsProcessor(shape.num_embeddings)
+        self.logits_processor = LogitsProcessor(shape.num_embeddings, org_vocab_size=shape.vocab_size)
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, inputs_embeds: torch.Tensor | None = None
@@ -259,11 +272,14 @@ class DiffusionLM(nn.Module, SupportsLoRA):
                 continue  # a tied head, stored all the same
             if target not in parameters:
                 raise ValueError(f"the checkpoint holds a tensor that {type(self).__name__} does not have: {name}")
+            # vLLM's loaders would cut a tensor that is too large
+            if self.quant_config is None and tensor.shape != (shape := self.decoder.shape.tensor_shape(target, shard)):
+                raise ValueError(
+                    f"tensor {name} has shape {tuple(tensor.shape)}, and config.json asks for {shape}; the checkpoint and "
+                    "its config.json do not belong together"
+                )
             load = getattr(parameters[target], "weight_loader", default_weight_loader)
-            try:
-                load(parameters[target], tensor, *(() if shard is None else (shard,)))
-            except (AssertionError, RuntimeError, ValueError) as error:
-                raise ValueError(f"tensor {name} of shape {tuple(tensor.shape)} does not fit the config") from error
+            load(parameters[target], tensor, *(() if shard is None else (shard,)))
             loaded.add((target, shard))
         if self.quant_config is None:  # a quantization method stores its parameters under names of its own
             expected = {name: self.names.locate(name) for name in self.names.tensors_of(self.decoder.shape.num_layers)}

@@ -76,7 +76,7 @@ def even_quota(num_masked_at_start: int, step: int, num_steps: int) -> int:
     return share + (step < rest)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def _dream_rates(num_steps: int, eps: float) -> Sequence[np.float32]:
     """``1 - s / t`` of every step, as Dream's generation_utils.py computes it: float32 over torch.linspace.
 

@@ -1,0 +1,366 @@
+"""In-process engines for the tests, and requests that engine and reference decoders both understand.
+
+A `Case` is one request. `Case.sampling_params` is what the engine gets, `Case.expected` what the reference decoder of
+`reference/` makes of it, given the noise that the engine draws for the case's seed.
+"""
+
+import json
+import os
+import random
+import zlib
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import atexit
+import functools
+import itertools
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from reference import checkpoints, decoding, dream, llada
+from reference import model as reference_model
+from torch import Tensor
+from vllm import LLM, SamplingParams
+from vllm.outputs import RequestOutput
+
+from dllm_plugin.checkpoints import path as bundled_path
+from dllm_plugin.kernels import philox
+
+LLADA_POLICIES = ("low_confidence", "random")
+DREAM_POLICIES = ("origin", "maskgit_plus", "topk_margin", "entropy")
+POLICIES = LLADA_POLICIES + DREAM_POLICIES
+
+# of the random-weight checkpoints
+VOCABULARY, MASK, EOS, TURN_END = 331, 325, 320, 321
+
+torch.set_num_threads(1)  # OMP_NUM_THREADS comes too late where a test module imports torch first
+
+# ---- checkpoints
+
+_folder = tempfile.TemporaryDirectory(prefix="dllm-plugin-tests-")
+atexit.register(_folder.cleanup)
+
+RANDOM_WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llada": ("llada", {"seed": 3}),
+    "dream": ("dream", {"seed": 3}),
+    "llada-tied": ("llada", {"seed": 7, "weight_tying": True, "n_kv_heads": 4, "vocab_size": 327}),
+    "dream-tied": ("dream", {"seed": 7, "tie_word_embeddings": True, "num_key_value_heads": 1, "vocab_size": 327}),
+    # the mask, EOS and the end of turn are often the model's first choice
+    "llada-loud": ("llada", {"seed": 4, "loud": {MASK: 3.0, EOS: 2.5, TURN_END: 2.0}}),
+    "dream-loud": ("dream", {"seed": 4, "loud": {MASK: 3.0, EOS: 2.5, TURN_END: 2.0}}),
+}
+
+
+@functools.cache
+def folder(checkpoint: str) -> Path:
+    """The folder of a checkpoint by its name: one of RANDOM_WEIGHTS, or a bundled one."""
+    if checkpoint not in RANDOM_WEIGHTS:
+        return bundled_path(checkpoint)
+    family, settings = RANDOM_WEIGHTS[checkpoint]
+    return write_checkpoint(family, checkpoint, **settings)
+
+
+def write_checkpoint(family: str, name: str, **settings: Any) -> Path:
+    """A random-weight checkpoint whose config names the end of turn, because it has no tokenizer that would."""
+    written = checkpoints.WRITERS[family](Path(_folder.name) / name, **settings)
+    edit_config(written, eot_token_id=TURN_END)
+    return written
+
+
+def edit_config(checkpoint: Path, *, remove: Iterable[str] = (), **changes: Any) -> None:
+    """Rewrite a written checkpoint's config.json."""
+    file = checkpoint / "config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in config.items() if key not in remove}))
+
+
+@functools.cache
+def reference(checkpoint: str) -> reference_model.ReferenceModel:
+    return reference_model.load(folder(checkpoint))
+
+
+# ---- engines
+
+
+@functools.cache
+def engine(checkpoint: str, **settings: Any) -> LLM:
+    """An engine in this process, kept to its end: closing one takes vLLM's process groups from the others."""
+    return new_engine(folder(checkpoint), **settings)
+
+
+def new_engine(model: Path, **settings: Any) -> LLM:
+    has_tokenizer = (model / "tokenizer_config.json").exists()
+    defaults = {
+        "dtype": "float32",
+        "max_num_seqs": 16,
+        "kv_cache_memory_bytes": 64 << 20,
+        "skip_tokenizer_init": not has_tokenizer,
+    }
+    return LLM(model=str(model), **defaults | settings)
+
+
+def core(llm: LLM) -> Any:
+    """vLLM's EngineCore of an in-process engine."""
+    return llm.llm_engine.engine_core.engine_core
+
+
+def scheduler(llm: LLM) -> Any:
+    return core(llm).scheduler
+
+
+def model_runner(llm: LLM) -> Any:
+    return core(llm).model_executor.driver_worker.worker.model_runner
+
+
+def num_forwards(output: RequestOutput) -> int:
+    """Denoising steps of a finished request, from the public result."""
+    return sum(output.outputs[0].spec_decode_metrics.histogram)
+
+
+_request_number = itertools.count()
+
+
+def drive(
+    llm: LLM, requests: Sequence[tuple[list[int], SamplingParams]], arrivals: Sequence[int] | None = None
+) -> tuple[list[RequestOutput], list[int]]:
+    """Run (prompt, parameters) through the engine's own step(); returns final outputs and the running requests by step.
+
+    arrivals[i]: engine steps done before request i is added; all at once if not given.
+    """
+    run = next(_request_number)
+    arrivals = arrivals or [0] * len(requests)
+    finished: dict[str, RequestOutput] = {}
+    running: list[int] = []
+    while len(finished) < len(requests):
+        for i, (prompt, params) in enumerate(requests):
+            if arrivals[i] == len(running):
+                llm.llm_engine.add_request(f"{run}-{i}", {"prompt_token_ids": prompt}, params)
+        for output in llm.llm_engine.step():
+            if output.finished:
+                finished[output.request_id] = output
+        running.append(len(scheduler(llm).running))
+        assert len(running) < 100_000, "the engine makes no progress"
+    return [finished[f"{run}-{i}"] for i in range(len(requests))], running
+
+
+# ---- requests
+
+_DEFAULT_SEED = 1234
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The numbers the engine draws for a seed, as the reference asks for them: by response position and pass."""
+
+    seed: int
+    prompt_length: int
+    vocabulary: int
+
+    def uniforms(self, forward: int, at: Tensor) -> Tensor:
+        return philox.uniform(*self._key(forward, at), stream=philox.UNIFORM)
+
+    def gumbel(self, forward: int, at: Tensor) -> Tensor:
+        return philox.gumbel(*self._key(forward, at), stream=philox.TOKEN, num_columns=self.vocabulary).double()
+
+    def position_gumbel(self, forward: int, at: Tensor) -> Tensor:
+        return philox.gumbel(*self._key(forward, at), stream=philox.ORDER).double()
+
+    def origin_uniforms(self, forward: int, at: Tensor) -> Tensor:
+        """The engine unmasks where its number is above 1 - p, the reference where it is below p."""
+        return 1 - self.uniforms(forward, at)
+
+    def _key(self, forward: int, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.full_like(at, self.seed), at + self.prompt_length, torch.full_like(at, forward)
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """A model with LLaDA's guidance and EOS ban in its logits, so that Dream's decoder can be run with them."""
+
+    model: reference_model.Predictor
+    prompt_length: int
+    cfg_scale: float
+    banned: int | None
+
+    @property
+    def mask_token_id(self) -> int:
+        return self.model.mask_token_id
+
+    def logits_for_positions(self, ids: Tensor) -> Tensor:
+        logits = self.model.logits_for_positions(ids).clone()
+        if self.cfg_scale > 0:
+            unprompted = ids.clone()
+            unprompted[: self.prompt_length] = self.mask_token_id
+            without = self.model.logits_for_positions(unprompted)
+            logits = without + (self.cfg_scale + 1) * (logits - without)
+        if self.banned is not None:
+            logits[:, self.banned] = -torch.inf
+        return logits
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request. ``None`` and neutral values are left to the engine's defaults; ``eos`` lets EOS end it."""
+
+    checkpoint: str
+    policy: str
+    max_tokens: int
+    block: int | None = None
+    steps: int | None = None
+    prompt: int | tuple[int, ...] | str = 9  # a length, token ids, or a question for a checkpoint with a tokenizer
+    canvas: int | None = None
+    cfg: float = 0.0
+    suppression: str = "none"
+    eos: bool = False
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    alg_temp: float = 0.0
+    eps: float = 1e-3
+    seed: int = _DEFAULT_SEED
+    note: str = ""
+
+    @property
+    def id(self) -> str:
+        prompt = self.prompt if isinstance(self.prompt, int) else f"given{zlib.crc32(repr(self.prompt).encode()):08x}"
+        parts = [self.checkpoint, self.policy, f"{self.max_tokens}tokens", f"prompt{prompt}"]
+        parts += [f"block{self.block}"] if self.block else ["one-block"]
+        parts += [f"{self.steps}steps"] if self.steps else []
+        parts += [f"canvas{self.canvas}"] if self.canvas else []
+        parts += [f"cfg{self.cfg:g}"] if self.cfg else []
+        parts += [f"no-eos-{self.suppression}"] if self.suppression != "none" else []
+        parts += ["until-eos"] if self.eos else []
+        parts += [f"temperature{self.temperature:g}"] if self.temperature else []
+        parts += [f"top-p{self.top_p:g}"] if self.top_p < 1 else []
+        parts += [f"top-k{self.top_k}"] if self.top_k else []
+        parts += [f"alg-temp{self.alg_temp:g}"] if self.alg_temp else []
+        parts += [f"eps{self.eps:g}"] if self.eps != 1e-3 else []
+        parts += [f"seed{self.seed}"] if self.seed != _DEFAULT_SEED else []
+        return "-".join(parts + ([self.note] if self.note else []))
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        if isinstance(self.prompt, tuple):
+            return list(self.prompt)
+        if isinstance(self.prompt, str):
+            chat = [{"role": "user", "content": self.prompt}]
+            tokenizer = engine(self.checkpoint).get_tokenizer()
+            return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return random_prompt(self.prompt, self.id)
+
+    @property
+    def sampling_params(self) -> SamplingParams:
+        extras = {
+            "diffusion_remasking": self.policy,
+            "diffusion_steps": self.steps,
+            "diffusion_block_length": self.block,
+            "diffusion_canvas_length": self.canvas,
+            "diffusion_cfg_scale": self.cfg or None,
+            "diffusion_eos_suppression": self.suppression if self.suppression != "none" else None,
+            "diffusion_alg_temp": self.alg_temp or None,
+            "diffusion_eps": self.eps if self.eps != 1e-3 else None,
+        }
+        return SamplingParams(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_tokens=self.max_tokens,
+            seed=self.seed,
+            ignore_eos=not self.eos,
+            detokenize=False,
+            extra_args={key: value for key, value in extras.items() if value is not None},
+        )
+
+    @property
+    def request(self) -> tuple[list[int], SamplingParams]:
+        return self.prompt_ids, self.sampling_params
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return (reference(self.checkpoint).eos_token_id,) if self.eos else ()
+
+    def expected(self) -> decoding.Generation:
+        """What the reference decoder generates."""
+        model, prompt = reference(self.checkpoint), self.prompt_ids
+        noise = Noise(self.seed, len(prompt), model.vocab_size)
+        canvas = self.canvas or 1024
+        sampled: dict[str, Any] = {"temperature": self.temperature}
+        if self.temperature > 0:
+            sampled["gumbel"] = noise.gumbel
+        if self.policy in LLADA_POLICIES:
+            assert self.top_p == 1 and self.top_k == 0, "LLaDA's reference has no filters"
+            generate, settings = llada.generate, {
+                "remasking": self.policy,
+                "cfg_scale": self.cfg,
+                "eos_suppression": self.suppression,
+                "eos_id": model.eos_token_id,
+                "eot_id": turn_end(self.checkpoint),
+                "uniforms": noise.uniforms,
+            }  # fmt: skip
+        else:
+            assert self.suppression in ("none", "logits"), "Dream's reference has no confidence suppression"
+
+            def generate(model: Any, prompt_ids: list[int], *args: Any, **kwargs: Any) -> decoding.Generation:
+                banned = model.eos_token_id if self.suppression == "logits" else None
+                return dream.generate(Shaped(model, len(prompt_ids), self.cfg, banned), prompt_ids, *args, **kwargs)
+
+            settings = {
+                "alg": self.policy,
+                "eps": self.eps,
+                "alg_temp": self.alg_temp,
+                "top_p": self.top_p if self.top_p < 1 else None,
+                "top_k": self.top_k or None,
+                "uniforms": noise.origin_uniforms,
+                "position_gumbel": noise.position_gumbel,
+            }
+        return decoding.generate_canvases(
+            generate,
+            model,
+            prompt,
+            self.max_tokens,
+            canvas,
+            self.steps or min(self.max_tokens, canvas),
+            stop_ids=self.stop_ids,
+            block_length=self.block,
+            **settings,
+            **sampled,
+        )
+
+
+@functools.cache
+def expected(case: Case) -> decoding.Generation:
+    return case.expected()
+
+
+def random_prompt(length: int, name: str) -> list[int]:
+    """Token ids that depend on the name alone, special ones left out."""
+    draw = random.Random(zlib.crc32(name.encode()))
+    return [draw.randrange(10, 310) for _ in range(length)]
+
+
+def turn_end(checkpoint: str) -> int | None:
+    if checkpoint in RANDOM_WEIGHTS:
+        return TURN_END
+    names = {"llada": "<|eot_id|>", "Dream": "<|im_end|>"}
+    vocabulary = engine(checkpoint).get_tokenizer().get_vocab()
+    return vocabulary.get(names[reference(checkpoint).config["model_type"]])
+
+
+def difference(case: Case, output: RequestOutput) -> str:
+    """Empty where the engine's output is the reference's: tokens and number of forward passes; otherwise both."""
+    want, got = expected(case), list(output.outputs[0].token_ids)
+    if got == want.tokens and num_forwards(output) == want.num_forwards:
+        return ""
+    first = next((i for i, pair in enumerate(zip(got, want.tokens, strict=False)) if pair[0] != pair[1]), None)
+    return (
+        f"{case.id}: first difference at position {first}\nengine    {got} in {num_forwards(output)} forward passes\n"
+        f"reference {want.tokens} in {want.num_forwards}"
+    )

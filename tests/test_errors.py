@@ -1,0 +1,481 @@
+"""What is refused, in which words, and that the engine goes on serving.
+
+An error names the rule, the value and a remedy. Requests are refused at admission, engines at start-up.
+"""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import (
+    Case,
+    difference,
+    drive,
+    edit_config,
+    engine,
+    folder,
+    new_engine,
+    num_forwards,
+    scheduler,
+    write_checkpoint,
+)
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+from dllm_plugin import admission, engine_config
+from dllm_plugin.families import FAMILIES, family_of
+
+PROMPT = [11, 12, 13]
+KEPT: list = []  # closing an engine takes vLLM's process groups from the others
+
+
+def engine_with(checkpoint, **settings):
+    llm = new_engine(folder(checkpoint), **settings)
+    KEPT.append(llm)
+    return llm
+
+
+def chain(error):
+    """An exception's text with that of everything that led to it."""
+    texts = []
+    while error is not None:
+        texts.append(str(error))
+        error = error.__cause__ or error.__context__
+    return "\n".join(texts)
+
+
+def serves(llm, checkpoint="llada"):
+    """The engine still gives the reference's answer, and holds nothing back."""
+    case = Case(checkpoint, "low_confidence", 6, prompt=5)
+    output = llm.generate([{"prompt_token_ids": case.prompt_ids}], case.sampling_params, use_tqdm=False)[0]
+    assert not difference(case, output)
+    assert not scheduler(llm).requests and not scheduler(llm).denoising
+
+
+# ---- requests
+
+
+@pytest.mark.parametrize(
+    "extras, max_tokens, message",
+    [
+        ({"diffusion_steps": 0}, 16, "diffusion_steps must be an integer of at least 1, got 0"),
+        ({"diffusion_steps": "64"}, 16, "diffusion_steps must be an integer of at least 1, got '64'"),
+        ({"diffusion_steps": True}, 16, "got True"),
+        ({"diffusion_alg_temp": float("nan")}, 16, "diffusion_alg_temp must be a finite number of at least 0, got nan"),
+        ({"diffusion_eps": 1.0}, 16, "diffusion_eps must be a finite number in [0, 1), got 1.0"),
+        ({"diffusion_remasking": "entropie"}, 16, "diffusion_remasking must be one of"),
+        ({"diffusion_cache": "full"}, 16, "diffusion_cache must be one of"),
+        ({"diffusion_step": 8}, 16, "did you mean 'diffusion_steps'?"),
+        ({"steps": 8}, 16, "did you mean 'diffusion_steps'?"),
+        ({"diffusion_steps": 2, "diffusion_block_length": 4}, 16, "raise diffusion_steps to 4"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)
+def test_wrong_extras(extras, max_tokens, message):
+    llm = engine("llada")
+    params = SamplingParams(max_tokens=max_tokens, extra_args=extras)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        llm.generate([{"prompt_token_ids": PROMPT}], params, use_tqdm=False)
+    serves(llm)
+
+
+# Every row of the table, with a value that is not neutral.
+UNSUPPORTED = {
+    "min_p": 0.1,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.5,
+    "repetition_penalty": 1.2,
+    "min_tokens": 3,
+    "logit_bias": {5: 1.0},
+    "allowed_token_ids": [1, 2],
+    "bad_words": ["no"],
+    "logprobs": 1,
+    "prompt_logprobs": 1,
+    "structured_outputs": StructuredOutputsParams(json={"type": "object"}),
+}
+
+
+def test_every_unsupported_parameter_has_a_value_here():
+    assert set(UNSUPPORTED) == {name for name, _, _ in admission._UNSUPPORTED}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_sampling_parameters(name):
+    params = SamplingParams(temperature=1.0, max_tokens=8, **{name: UNSUPPORTED[name]})
+    with pytest.raises(ValueError) as error:
+        admission.check_sampling_params(params)
+    rule, _, remedy = next(row for row in admission._UNSUPPORTED if row[0] == name)
+    assert str(error.value).startswith(f"{rule} is not supported with diffusion language models, got ")
+    assert str(error.value).endswith(remedy)
+
+
+@pytest.mark.parametrize("name", ["min_p", "repetition_penalty", "min_tokens", "logit_bias", "logprobs", "bad_words"])
+def test_unsupported_sampling_parameters_in_the_engine(name):
+    checkpoint = "tiny-llada" if name == "bad_words" else "llada"
+    llm = engine(checkpoint)
+    params = SamplingParams(temperature=1.0, max_tokens=8, **{name: UNSUPPORTED[name]})
+    with pytest.raises(ValueError, match=f"{name} is not supported with diffusion language models"):
+        llm.generate([{"prompt_token_ids": PROMPT}], params, use_tqdm=False)
+    assert not scheduler(llm).requests
+    if checkpoint == "llada":
+        serves(llm)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("min_p", 0.0),
+        ("presence_penalty", 0),
+        ("repetition_penalty", 1.0),
+        ("min_tokens", 0),
+        ("logit_bias", {}),
+        ("allowed_token_ids", None),
+        ("bad_words", []),
+        ("logprobs", None),
+    ],
+)
+def test_neutral_values_are_taken(name, value):
+    """Clients send them by habit."""
+    admission.check_sampling_params(SamplingParams(max_tokens=4, **{name: value}))
+
+
+def test_every_sampling_parameter_of_vllm_is_known():
+    """What vLLM lets a request ask for is served, refused, or has no bearing; nothing is dropped without a word."""
+    served = {
+        "temperature", "top_p", "top_k", "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "detokenize",
+        "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output", "output_kind", "n",
+        "stream_interval", "repetition_detection", "extra_args",
+    }  # fmt: skip
+    no_bearing = {
+        "skip_clone", "output_text_buffer_length", "skip_reading_prefix_cache", "routed_experts_prompt_start",
+        # how logprobs look, which are refused
+        "flat_logprobs", "prompt_logprob_token_ids", "prompt_logprob_start",
+    }  # fmt: skip
+    refused = {name for name, _, _ in admission._UNSUPPORTED}
+    names = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
+    assert names - served - no_bearing - refused == set()
+
+
+@pytest.mark.parametrize(
+    "extras",
+    [
+        {"diffusion_cfg_scale": 1e300},
+        {"diffusion_cfg_scale": 1e38},
+        {"diffusion_alg_temp": 1e300, "diffusion_remasking": "maskgit_plus"},
+        {"diffusion_alg_temp": 1e-300, "diffusion_remasking": "entropy"},
+        {"diffusion_alg_temp": 1e-40, "diffusion_remasking": "topk_margin"},
+        {"diffusion_factor": 1e300, "diffusion_remasking": "low_confidence"},
+        {"diffusion_eps": 1 - 1e-12, "diffusion_remasking": "origin"},
+        {"diffusion_steps": 1_000_000, "diffusion_remasking": "low_confidence"},
+    ],
+    ids=str,
+)
+def test_extreme_values_do_no_harm(extras):
+    """They are refused, or the request ends with tokens of the vocabulary; others are served as ever."""
+    llm, case = engine_with("llada"), Case("llada", "entropy", 8, prompt=6)
+    params = SamplingParams(temperature=0.7, seed=1, max_tokens=8, ignore_eos=True, detokenize=False, extra_args=extras)
+    try:
+        admission.check_sampling_params(params)
+    except ValueError:
+        return
+    outputs, _ = drive(llm, [(PROMPT, params), case.request])
+    tokens = outputs[0].outputs[0].token_ids
+    assert len(tokens) == 8 and all(0 <= token < 331 and token != 325 for token in tokens)
+    assert not difference(case, outputs[1])
+
+
+@pytest.mark.parametrize("seed", [0, -2, 2**63 - 1, -(2**63)])
+def test_any_seed_is_taken(seed):
+    params = SamplingParams(temperature=1.0, seed=seed, max_tokens=6, ignore_eos=True, detokenize=False)
+    outputs, _ = drive(engine("llada"), [(PROMPT, params), (PROMPT, params)])
+    assert outputs[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-4, 0.01, 2.0])
+def test_temperatures_at_the_edge(temperature):
+    params = SamplingParams(temperature=temperature, seed=3, max_tokens=6, ignore_eos=True, detokenize=False)
+    for checkpoint in ("llada", "dream"):
+        outputs, _ = drive(engine(checkpoint), [(PROMPT, params)])
+        assert len(outputs[0].outputs[0].token_ids) == 6
+
+
+# ---- engine-wide defaults
+
+
+def test_engine_wide_defaults_are_used():
+    settings = {"diffusion": {"steps": 4, "remasking": "entropy", "canvas_length": 12}}
+    llm = engine_with("llada", additional_config=settings)
+    plain = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, detokenize=False)
+    own = SamplingParams(
+        temperature=0.0, max_tokens=16, ignore_eos=True, detokenize=False, extra_args={"diffusion_steps": 12}
+    )
+    outputs, _ = drive(llm, [(PROMPT, plain), (PROMPT, own)])
+    cases = [Case("llada", "entropy", 16, steps=steps, prompt=tuple(PROMPT), canvas=12) for steps in (4, 12)]
+    assert [difference(case, output) for case, output in zip(cases, outputs, strict=True)] == ["", ""]
+    assert [num_forwards(output) for output in outputs] == [6, 16]
+
+
+@pytest.mark.parametrize("checkpoint, policy", [("llada", "low_confidence"), ("dream", "origin")])
+def test_defaults_of_the_families(checkpoint, policy):
+    """A request that says nothing is decoded greedily, as the family's reference does by default."""
+    llm = engine(checkpoint)
+    case = Case(checkpoint, policy, 10, prompt=tuple(PROMPT))
+    params = llm.get_default_sampling_params()
+    params.max_tokens, params.ignore_eos, params.detokenize, params.seed = 10, True, False, case.seed
+    assert params.temperature == 0.0
+    assert not difference(case, drive(llm, [(PROMPT, params)])[0][0])
+
+
+@pytest.mark.parametrize(
+    "diffusion, message",
+    [
+        ({"stesp": 4}, "unknown parameter 'stesp' (did you mean 'steps'?)"),
+        ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
+        (64, "must be a mapping of parameter names to values, got 64"),
+    ],
+)
+def test_wrong_engine_wide_defaults_stop_the_start(diffusion, message):
+    with pytest.raises(Exception) as error:
+        engine_with("llada", additional_config={"diffusion": diffusion})
+    assert message in str(error.value)
+    serves(engine("llada"))
+
+
+# ---- engine configurations
+
+
+def config(**changes):
+    """As much of a VllmConfig as the checks read; `a__b` sets b of its part a."""
+    settings = {
+        "model_config": SimpleNamespace(architecture="LLaDAModelLM", max_model_len=1000),
+        "parallel_config": SimpleNamespace(
+            pipeline_parallel_size=1,
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            tensor_parallel_size=2,
+            world_size=1,
+            worker_cls="auto",
+        ),
+        "cache_config": SimpleNamespace(cache_dtype="auto"),
+        "scheduler_config": SimpleNamespace(scheduler_cls=None, async_scheduling=None, max_num_batched_tokens=1000),
+        "speculative_config": None,
+        "kv_transfer_config": None,
+        "lora_config": None,
+    }
+    for key, value in changes.items():
+        part, _, name = key.partition("__")
+        if name:
+            setattr(settings[part], name, value)
+        else:
+            settings[part] = value
+    return SimpleNamespace(**settings)
+
+
+REFUSED = {
+    "speculative": ({"speculative_config": object()}, "remove --speculative-config"),
+    "pipeline": ({"parallel_config__pipeline_parallel_size": 2}, "got pipeline_parallel_size=2; use --tensor-parallel"),
+    "decode-context": ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism is not supported"),
+    "prefill-context": ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism is not supported"),
+    "kv-cache-dtype": ({"cache_config__cache_dtype": "fp8"}, "got kv_cache_dtype='fp8'; remove --kv-cache-dtype"),
+    "kv-transfer": ({"kv_transfer_config": object()}, "remove --kv-transfer-config"),
+    "worker": ({"parallel_config__worker_cls": "my.Worker"}, "got worker_cls='my.Worker'; remove --worker-cls"),
+    "scheduler": ({"scheduler_config__scheduler_cls": "my.S"}, "got scheduler_cls='my.S'; remove --scheduler-cls"),
+    "async": ({"scheduler_config__async_scheduling": True}, "remove --async-scheduling"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_configurations(name):
+    changes, message = REFUSED[name]
+    with pytest.raises(ValueError) as error:
+        engine_config.refuse_what_does_not_fit(config(**changes))
+    assert str(error.value).startswith("dllm_plugin: ") and message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"parallel_config__worker_cls": engine_config.WORKER},
+        {"scheduler_config__scheduler_cls": engine_config.SCHEDULER},
+        {"scheduler_config__async_scheduling": False},
+    ],
+    ids=str,
+)
+def test_configurations_that_fit(changes):
+    engine_config.refuse_what_does_not_fit(config(**changes))
+
+
+@pytest.mark.parametrize("budget, fits", [(1000, True), (1001, True), (999, False), (64, False)])
+def test_token_budget_holds_a_sequence(budget, fits):
+    vllm_config = config(scheduler_config__max_num_batched_tokens=budget)
+    if fits:
+        engine_config.fit_token_budget(vllm_config)
+        assert vllm_config.scheduler_config.max_num_batched_tokens == budget
+    else:
+        with pytest.raises(ValueError) as error:
+            engine_config.fit_token_budget(vllm_config)
+        assert f"got {budget} with max_model_len 1000" in str(error.value)
+        assert "raise --max-num-batched-tokens to 1000 or lower --max-model-len" in str(error.value)
+
+
+def test_vllms_own_default_token_budget_is_raised():
+    from vllm.engine.arg_utils import EngineArgs
+
+    for budget in EngineArgs.get_batch_defaults(1)[0].values():
+        vllm_config = config(
+            scheduler_config__max_num_batched_tokens=budget, model_config__max_model_len=budget + 1
+        )  # fmt: skip
+        engine_config.fit_token_budget(vllm_config)
+        assert vllm_config.scheduler_config.max_num_batched_tokens == budget + 1
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"max_num_batched_tokens": 100}, "got 100 with max_model_len 512; raise --max-num-batched-tokens to 512"),
+        ({"async_scheduling": True}, "remove --async-scheduling"),
+        ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "remove --worker-cls"),
+        ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "remove --scheduler-cls"),
+        ({"kv_cache_dtype": "fp8"}, "remove --kv-cache-dtype"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "remove --speculative-config"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refused_by_a_real_start(settings, message):
+    with pytest.raises(Exception) as error:
+        engine_with("llada", **settings)
+    assert message in str(error.value)
+
+
+def test_prefix_caching_and_chunked_prefill_are_off():
+    """Full attention has no prefix that stands for itself: asked for or not, neither is used."""
+    llm = engine_with("llada", enable_prefix_caching=True, enable_chunked_prefill=True)
+    vllm_config = llm.llm_engine.vllm_config
+    assert not vllm_config.cache_config.enable_prefix_caching
+    assert not vllm_config.scheduler_config.enable_chunked_prefill
+    case = Case("llada", "low_confidence", 6, prompt=300)
+    for _ in range(2):
+        assert not difference(case, drive(llm, [case.request])[0][0])
+
+
+def test_our_worker_with_another_model():
+    """Its scheduler would be vLLM's own: the worker refuses before it loads anything."""
+    from dllm_plugin.worker import DiffusionWorker
+
+    with pytest.raises(ValueError) as error:
+        DiffusionWorker(SimpleNamespace(model_config=SimpleNamespace(architecture="LlamaForCausalLM")))
+    assert "LlamaForCausalLM is not a diffusion language model" in str(error.value)
+    assert "serve it without --worker-cls dllm_plugin.worker.DiffusionWorker" in str(error.value)
+
+
+def test_family_of_names_the_families():
+    with pytest.raises(ValueError) as error:
+        family_of("GPT2LMHeadModel")
+    assert all(name in str(error.value) for name in FAMILIES)
+
+
+# ---- checkpoints
+
+
+@pytest.fixture
+def broken(request):
+    """A copy of a small checkpoint for a test to break, named after the test."""
+
+    def make(family, name):
+        settings = {"n_layers": 1} if family == "llada" else {"num_hidden_layers": 1}
+        return write_checkpoint(family, f"broken-{family}-{name}", **settings)
+
+    return make
+
+
+STRUCTURAL = {
+    "llada": ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "vocab_size", "embedding_size",
+              "max_sequence_length", "block_type", "layer_norm_type", "activation_type", "rope", "rope_theta",
+              "rms_norm_eps", "weight_tying", "mask_token_id", "eos_token_id"),
+    "dream": ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+              "vocab_size", "max_position_embeddings", "rope_theta", "rms_norm_eps", "tie_word_embeddings",
+              "mask_token_id", "eos_token_id"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family, key", [(family, key) for family, keys in STRUCTURAL.items() for key in keys])
+def test_config_without_a_structural_key(broken, family, key):
+    folder = broken(family, "config")
+    AutoConfig.from_pretrained(folder)
+    edit_config(folder, remove=[key])
+    with pytest.raises(ValueError) as error:
+        AutoConfig.from_pretrained(folder)
+    assert f"lacks {key};" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "family, change",
+    [
+        ("llada", {"block_type": "sequential"}),
+        ("llada", {"layer_norm_type": "low_precision"}),
+        ("llada", {"activation_type": "swiglu"}),
+        ("llada", {"alibi": True}),
+        ("llada", {"include_qkv_bias": True}),
+        ("llada", {"scale_logits": True}),
+        ("dream", {"hidden_act": "gelu"}),
+        ("dream", {"use_sliding_window": True}),
+        ("dream", {"rope_scaling": {"type": "yarn", "factor": 4.0}}),
+    ],
+    ids=str,
+)
+def test_config_of_another_structure(broken, family, change):
+    folder = broken(family, "structure")
+    edit_config(folder, **change)
+    with pytest.raises(ValueError) as error:
+        AutoConfig.from_pretrained(folder)
+    ((key, value),) = change.items()
+    assert f"config.json has {key}={value!r}" in str(error.value)
+
+
+def test_config_without_a_structural_key_stops_the_start(broken):
+    folder = broken("llada", "start")
+    edit_config(folder, remove=["n_kv_heads"])
+    with pytest.raises(Exception) as error:
+        new_engine(folder)
+    assert "n_kv_heads" in chain(error.value)
+
+
+TENSORS = {
+    "llada": ("model.transformer.blocks.0.v_proj.weight", "model.transformer.ff_out.weight"),
+    "dream": ("model.layers.0.self_attn.k_proj.bias", "model.norm.weight"),
+}
+
+
+@pytest.mark.parametrize("fault", ["missing", "surplus", "shape", "shape-of-rows"])
+@pytest.mark.parametrize("family, name", [(family, name) for family, names in TENSORS.items() for name in names])
+def test_checkpoint_tensors(broken, family, name, fault):
+    """Loaded for real; the error names the tensor."""
+    folder = broken(family, "tensors")
+    tensors = load_file(folder / "model.safetensors")
+    culprit = name
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "surplus":
+        culprit = name.replace("0.", "1.") if "0." in name else name.replace(".weight", ".scale")
+        tensors[culprit] = torch.zeros(3)
+    elif fault == "shape":
+        tensors[name] = torch.cat((tensors[name], tensors[name]))
+    else:
+        tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Exception) as error:
+        new_engine(folder)
+    assert culprit in chain(error.value)
+    serves(engine("llada"))
+
+
+def test_index_of_a_checkpoint_that_is_not_there(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LLaDAModelLM"], "model_type": "llada"}))
+    with pytest.raises(Exception) as error:
+        new_engine(tmp_path)
+    assert "d_model" in chain(error.value)

@@ -1,0 +1,213 @@
+"""Every rule of the parameters: what is taken, what is refused and in which words. Pure: no engine, no vLLM."""
+
+import math
+from dataclasses import fields
+
+import pytest
+
+from dllm_plugin.params import (
+    CACHE_MODES,
+    EOS_SUPPRESSIONS,
+    PREFIX,
+    REMASKING_POLICIES,
+    RULES,
+    STRATEGIES,
+    DiffusionParams,
+    check_request,
+    parse_engine_defaults,
+    parse_request,
+)
+
+NEUTRAL = DiffusionParams()
+NAN, INF = math.nan, math.inf
+
+# Values each parameter takes, and values it does not. The ranges are those of the documentation, written out again.
+_COUNT = ([1, 7, 1_000_000], [0, -1, 1_000_001, 2.0, 1.5, "8", True, None, [8], 10**400])
+_SHARE = ([0, 0.0, 0.5, 1, 1.0], [-0.1, 1.1, NAN, INF, -INF, "0.5", True, False, None, [0.5]])
+_NOT_NEGATIVE = ([0, 0.0, 0.3, 5, 1e6], [-1, -1e-9, NAN, INF, "1", True, None, [1.0]])
+_CHOICE_WRONG = ["", "NONE", "nothing", 0, 1, True, None, ["none"]]
+VALUES = {
+    "steps": _COUNT,
+    "block_length": _COUNT,
+    "canvas_length": _COUNT,
+    "remasking": (list(REMASKING_POLICIES), ["lowconfidence", "Entropy", *_CHOICE_WRONG]),
+    "threshold": _SHARE,
+    "factor": ([0.1, 1, 3.5], [0, 0.0, -1, NAN, INF, "1", True, None]),
+    "alg_temp": _NOT_NEGATIVE,
+    "eps": ([0, 0.0, 1e-3, 0.999], [1, 1.0, -0.1, NAN, INF, "0.1", True, None]),
+    "cfg_scale": _NOT_NEGATIVE,
+    "eos_suppression": (list(EOS_SUPPRESSIONS), _CHOICE_WRONG),
+    "max_steps": _COUNT,
+    "cache": (list(CACHE_MODES), _CHOICE_WRONG),
+    "cache_refresh": ([0, 1, 1_000_000], [-1, 1_000_001, 1.0, "1", True, None]),
+    "strategy": (list(STRATEGIES), _CHOICE_WRONG),
+    "d2f_add_threshold": _SHARE,
+    "d2f_complete_threshold": _SHARE,
+    "d2f_accept_threshold": _SHARE,
+    "d2f_max_blocks": ([0, 4], [-1, 0.0, "4", True, None]),
+    "suffix": (["text", [1, 2], (0,)], ["", [], 5, True, None, [-1], [1.0], ["a"], [True]]),
+    "template": ([[-1], [5, -1, 7], (-1, 0)], ["text", [], -1, None, [-2, -1], [1.5, -1], [True, -1], ["-1"]]),
+}
+
+
+def rows(index):
+    return [
+        pytest.param(name, value, id=f"{name}={value!r:.24}") for name, both in VALUES.items() for value in both[index]
+    ]
+
+
+def test_every_parameter_has_values_here():
+    assert set(VALUES) == set(RULES) == {field.name for field in fields(DiffusionParams)}
+
+
+@pytest.mark.parametrize("name, value", rows(0))
+def test_taken(name, value):
+    extras = {PREFIX + name: value}
+    check_request(extras, max_tokens=16)
+    taken = getattr(parse_request(extras, NEUTRAL), name)
+    assert taken == (tuple(value) if isinstance(value, list) else value)
+    assert getattr(parse_engine_defaults({name: value}, NEUTRAL), name) == taken
+
+
+@pytest.mark.parametrize("name, value", rows(1))
+def test_refused(name, value):
+    """With the name as the user wrote it, the rule, and the value."""
+    for call, label in (
+        (lambda: check_request({PREFIX + name: value}, 16), PREFIX + name),
+        (lambda: parse_request({PREFIX + name: value}, NEUTRAL), PREFIX + name),
+        (lambda: parse_engine_defaults({name: value}, NEUTRAL), f'--additional-config {{"diffusion": ...}} {name}'),
+    ):
+        with pytest.raises(ValueError) as error:
+            call()
+        assert str(error.value).startswith(f"{label} must be {RULES[name]}, got ")
+        assert str(error.value).endswith(repr(value))
+
+
+@pytest.mark.parametrize(
+    "name, rule",
+    [
+        ("steps", "an integer of at least 1"),
+        ("remasking", f"one of {', '.join(map(repr, REMASKING_POLICIES))}"),
+        ("alg_temp", "a finite number of at least 0"),
+        ("eps", "a finite number in [0, 1)"),
+        ("factor", "a finite number greater than 0"),
+        ("threshold", "a finite number in [0, 1]"),
+    ],
+)
+def test_rules_in_words(name, rule):
+    assert str(RULES[name]) == rule
+
+
+# ---- keys
+
+
+@pytest.mark.parametrize(
+    "key, nearest",
+    [
+        ("diffusion_step", "diffusion_steps"),
+        ("diffusion_stesp", "diffusion_steps"),
+        ("diffusion_blocklength", "diffusion_block_length"),
+        ("diffusion_remask", "diffusion_remasking"),
+        ("diffusion_algtemp", "diffusion_alg_temp"),
+        ("Diffusion_steps", "diffusion_steps"),
+        ("diffusion-steps", "diffusion_steps"),
+        ("diffusionsteps", "diffusion_steps"),
+        ("difusion_steps", "diffusion_steps"),
+        ("steps", "diffusion_steps"),  # without the prefix
+        ("block_length", "diffusion_block_length"),
+        ("remasking", "diffusion_remasking"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(key, nearest):
+    for call in (lambda: check_request({key: 8}, 16), lambda: parse_request({key: 8}, NEUTRAL)):
+        with pytest.raises(ValueError) as error:
+            call()
+        assert f"unknown diffusion parameter {key!r} (did you mean {nearest!r}?)" in str(error.value)
+        assert all(PREFIX + name in str(error.value) for name in RULES)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_parameter_without_its_prefix_is_refused(name):
+    value = VALUES[name][0][0]
+    with pytest.raises(ValueError, match=f"unknown diffusion parameter '{name}'"):
+        check_request({name: value}, 16)
+
+
+@pytest.mark.parametrize("key", ["kv_transfer_params", "priority_class", "user_id", "watermark", "do_remote_decode"])
+def test_other_peoples_extras_are_left_alone(key):
+    check_request({key: object()}, 16)
+    assert parse_request({key: object(), "diffusion_steps": 3}, NEUTRAL) == DiffusionParams(steps=3)
+
+
+@pytest.mark.parametrize("extras", [None, {}])
+def test_no_extras_are_the_defaults(extras):
+    check_request(extras, None)
+    assert parse_request(extras, DiffusionParams(steps=9, eps=0.1)) == DiffusionParams(steps=9, eps=0.1)
+
+
+# ---- steps and blocks
+
+
+@pytest.mark.parametrize(
+    "extras, max_tokens, blocks",
+    [
+        ({"steps": 3, "block_length": 4}, 16, 4),
+        ({"steps": 1, "block_length": 5}, 11, 3),
+        ({"steps": 1, "block_length": 1}, 2, 2),
+        ({"steps": 2, "block_length": 4, "canvas_length": 12}, 100, 3),  # of a canvas, not of the response
+        ({"steps": 7, "block_length": 128}, None, 8),  # the default canvas
+    ],
+)
+def test_steps_must_reach_every_block(extras, max_tokens, blocks):
+    given = {PREFIX + name: value for name, value in extras.items()}
+    with pytest.raises(ValueError) as error:
+        check_request(given, max_tokens)
+    message = str(error.value)
+    assert f"{extras['steps']} steps cannot unmask {blocks} blocks of {extras['block_length']} positions" in message
+    # the remedies it names are remedies
+    assert f"raise diffusion_steps to {blocks}" in message
+    check_request(given | {"diffusion_steps": blocks}, max_tokens)
+    length = int(message.rpartition(" ")[2])
+    assert f"or diffusion_block_length to {length}" in message
+    check_request(given | {"diffusion_block_length": length}, max_tokens)
+
+
+@pytest.mark.parametrize(
+    "extras, max_tokens",
+    [
+        ({"steps": 4, "block_length": 4}, 16),
+        ({"steps": 1, "block_length": 64}, 16),
+        ({"steps": 1}, 16),
+        ({"block_length": 1}, 16),
+        ({"steps": 2, "block_length": 4, "canvas_length": 8}, 100),
+    ],
+)
+def test_steps_that_reach_every_block(extras, max_tokens):
+    check_request({PREFIX + name: value for name, value in extras.items()}, max_tokens)
+
+
+# ---- engine-wide defaults
+
+
+def test_engine_defaults_are_laid_over_the_familys():
+    base = DiffusionParams(remasking="origin")
+    defaults = parse_engine_defaults({"steps": 64, "eps": 0.01}, base)
+    assert defaults == DiffusionParams(remasking="origin", steps=64, eps=0.01)
+    assert parse_request({"diffusion_steps": 8}, defaults) == DiffusionParams(remasking="origin", steps=8, eps=0.01)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"stesp": 64}, "unknown parameter 'stesp' (did you mean 'steps'?)"),
+        ({"diffusion_steps": 64}, "unknown parameter 'diffusion_steps'"),
+        ({"steps": "64"}, "steps must be an integer of at least 1, got '64'"),
+        ([("steps", 64)], "must be a mapping of parameter names to values, got [('steps', 64)]"),
+        (64, "must be a mapping"),
+        (None, "must be a mapping"),
+    ],
+)
+def test_wrong_engine_defaults(settings, message):
+    with pytest.raises(ValueError) as error:
+        parse_engine_defaults(settings, NEUTRAL)
+    assert message in str(error.value) and "--additional-config" in str(error.value)

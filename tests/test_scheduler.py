@@ -1,0 +1,509 @@
+"""The scheduler inside the real engine: who runs in which step, what is emitted when, and what is left behind.
+
+Scenarios are tables of steps, run-length encoded: `("AB", 12)` is twelve steps in which requests A and B ran.
+"""
+
+import itertools
+import string
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from helpers import (
+    EOS,
+    POLICIES,
+    Case,
+    core,
+    difference,
+    engine,
+    expected,
+    model_runner,
+    num_forwards,
+    random_prompt,
+    scheduler,
+)
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+
+_run = itertools.count()
+_used: list["Steps"] = []
+
+
+@pytest.fixture(autouse=True)
+def leave_engines_empty():
+    """A test that fails leaves its requests behind; they must not reach the next one."""
+    yield
+    for steps in _used:
+        steps.abort(*steps.emitted)
+        steps.drain()
+    _used.clear()
+
+
+class Steps:
+    """Engine steps driven one by one, with a record of each. Requests are named A, B, C in the order they are added."""
+
+    def __init__(self, llm) -> None:
+        self.llm = llm
+        self.run = next(_run)
+        self.ran: list[str] = []  # the requests of every step
+        self.emitted: dict[str, list[int]] = {}  # tokens of each request so far
+        self.finished: dict[str, object] = {}
+        _used.append(self)
+
+    def add(self, case_or_prompt, params=None, **kwargs) -> str:
+        name = string.ascii_uppercase[len(self.emitted)]
+        prompt, params = case_or_prompt.request if params is None else (case_or_prompt, params)
+        self.emitted[name] = []
+        self.llm.llm_engine.add_request(self._id(name), {"prompt_token_ids": prompt}, params, **kwargs)
+        return name
+
+    def step(self) -> None:
+        with self._recorded():
+            outputs = self.llm.llm_engine.step()
+        for output in outputs:
+            name, tokens = output.request_id[0], list(output.outputs[0].token_ids)
+            before = self.emitted[name]
+            assert tokens[: len(before)] == before, "a token that was emitted has changed"
+            assert len(tokens) > len(before) or output.finished, "an output without news"
+            self.emitted[name] = tokens
+            if output.finished:
+                self.finished[name] = output
+
+    def drain(self) -> "Steps":
+        while self.llm.llm_engine.has_unfinished_requests():
+            self.step()
+            assert len(self.ran) < 10_000, "the engine makes no progress"
+        return self
+
+    def abort(self, *names) -> None:
+        self.llm.llm_engine.abort_request([self._id(name) for name in names])
+
+    @property
+    def table(self) -> list[tuple[str, int]]:
+        return [(ran, len(list(group))) for ran, group in itertools.groupby(self.ran)]
+
+    def _id(self, name) -> str:
+        return f"{name}-steps-{self.run}"
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Notes which requests the scheduler gives to the worker."""
+        inside = scheduler(self.llm)
+        schedule = inside.schedule
+
+        def record(*args, **kwargs):
+            output = schedule(*args, **kwargs)
+            self.ran.append("".join(sorted(req_id[0] for req_id in output.num_scheduled_tokens)))
+            return output
+
+        inside.schedule = record
+        try:
+            yield
+        finally:
+            del inside.schedule
+
+
+def check(steps, *cases) -> None:
+    """Every request's result is the reference's, as if it had been alone."""
+    names = sorted(steps.emitted)
+    wrong = [difference(case, steps.finished[name]) for name, case in zip(names, cases, strict=True)]
+    assert not any(wrong), "\n".join(wrong)
+
+
+def nothing_is_left(llm) -> None:
+    """No request, no page, no slot is held."""
+    inside, store = scheduler(llm), model_runner(llm).state
+    assert not inside.requests and not inside.denoising
+    pool = inside.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # one block is vLLM's null block
+    # the worker hears of the last ones in the next step
+    assert set(store.requests) <= inside.finished_req_ids
+
+
+def case(tokens=12, prompt=8, note="", **settings) -> Case:
+    return Case(
+        **{"checkpoint": "llada", "policy": "low_confidence"} | settings, max_tokens=tokens, prompt=prompt, note=note
+    )
+
+
+# ---- token budget: 64 tokens a step
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    return engine("llada", max_model_len=64, max_num_batched_tokens=64)
+
+
+def test_budget_holds_two_of_three(narrow):
+    """30 tokens each: two fit. C is admitted when A is done; a small D does not overtake it."""
+    cases = [case(20, 10, "a"), case(22, 8, "b"), case(20, 10, "c"), case(3, 1, "d")]
+    steps = Steps(narrow)
+    for one in cases:
+        steps.add(one)
+    steps.drain()
+    assert steps.table == [("AB", 20), ("BCD", 2), ("CD", 1), ("C", 17)]
+    check(steps, *cases)
+    nothing_is_left(narrow)
+
+
+def test_running_requests_that_outgrow_the_budget(narrow):
+    """Three first canvases fit the budget together, two second ones do not: the latest wait, and none starves."""
+    cases = [case(24, 4, name, canvas=12, steps=6) for name in "abc"]
+    steps = Steps(narrow)
+    for one in cases:
+        steps.add(one)
+    steps.drain()
+    # 3 x 16 tokens, then 3 x 28
+    assert steps.table == [("ABC", 6), ("AB", 6), ("C", 6)]
+    check(steps, *cases)
+    nothing_is_left(narrow)
+
+
+def test_nobody_overtakes_a_running_request(narrow):
+    """B's second canvas does not fit beside A's; C would, but came after B and waits with it."""
+    cases = [case(44, 4, "a", canvas=22, steps=11), case(20, 8, "b", canvas=10, steps=10), case(15, 1, "c")]
+    steps = Steps(narrow)
+    for one in cases:
+        steps.add(one)
+    steps.drain()
+    # windows of 26, 18, 16 tokens; then 26, 28, 16; then 48, 28, 16
+    assert steps.table == [("ABC", 10), ("AB", 1), ("A", 11), ("BC", 5), ("B", 4)]
+    check(steps, *cases)
+    nothing_is_left(narrow)
+
+
+def test_guidance_counts_twice_and_may_run_alone(narrow):
+    """A's windows are 2 x 40 tokens, more than the budget: it runs alone. B's are 2 x 20 and leave room for C."""
+    cases = [case(10, 30, "a", cfg=1.0, steps=5), case(6, 14, "b", cfg=0.5), case(6, 10, "c"), case(6, 10, "d")]
+    steps = Steps(narrow)
+    for one in cases:
+        steps.add(one)
+    steps.drain()
+    assert steps.table == [("A", 5), ("BC", 6), ("D", 6)]
+    check(steps, *cases)
+
+
+def test_a_late_request_waits_behind_earlier_ones(narrow):
+    cases = [case(30, 10, "a"), case(20, 10, "b"), case(2, 10, "c")]
+    steps = Steps(narrow)
+    steps.add(cases[0])
+    for _ in range(5):
+        steps.step()
+    steps.add(cases[1])
+    for _ in range(5):
+        steps.step()
+    steps.add(cases[2])
+    steps.drain()
+    # A and B are 70 tokens together; C would fit beside A, but came after B
+    assert steps.table == [("A", 30), ("BC", 2), ("B", 18)]
+    check(steps, *cases)
+
+
+# ---- number of sequences
+
+
+def test_max_num_seqs():
+    llm = engine("dream", max_num_seqs=2)
+    cases = [
+        case(tokens, 5, checkpoint="dream", policy=policy, steps=steps)
+        for tokens, policy, steps in ((6, "entropy", 4), (8, "origin", 6), (4, "random", 3), (3, "low_confidence", 3))
+    ]
+    steps = Steps(llm)
+    for one in cases:
+        steps.add(one)
+    steps.drain()
+    # `origin` may be done before its last step
+    b = expected(cases[1]).num_forwards
+    assert b == 6
+    assert steps.table == [("AB", 4), ("BC", 2), ("CD", 1), ("D", 2)]
+    check(steps, *cases)
+    nothing_is_left(llm)
+
+
+# ---- KV cache: pages of 16 tokens
+
+
+@pytest.fixture(scope="module")
+def cramped():
+    """Six pages for requests: a whole sequence of max_model_len and two more."""
+    page = 2 * 16 * 2 * 32 * 4 * 2  # k and v, tokens, heads, head size, bytes, layers
+    llm = engine("llada", max_model_len=64, max_num_batched_tokens=512, block_size=16, kv_cache_memory_bytes=7 * page)
+    assert scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks() == 6
+    return llm
+
+
+def test_kv_cache_too_small_for_all(cramped):
+    """A canvas is reserved as a whole: three pages each, so two run and two wait."""
+    cases = [case(30, 10, name, steps=6) for name in "abcd"]
+    steps = Steps(cramped)
+    for one in cases:
+        steps.add(one)
+    steps.drain()
+    assert steps.table == [("AB", 6), ("CD", 6)]
+    check(steps, *cases)
+    nothing_is_left(cramped)
+
+
+def test_a_further_canvas_preempts(cramped):
+    """A grows by a page every other canvas: first C, then B give their pages up in mid-canvas, and begin it again."""
+    cases = [case(56, 8, canvas=8, steps=4), case(40, 8), case(24, 8, policy="random")]
+    steps = Steps(cramped)
+    for one in cases:
+        steps.add(one)
+    steps.drain()
+    assert steps.table == [("ABC", 4), ("AB", 16), ("A", 8), ("BC", 24), ("B", 16)]
+    for name, one, repeated in zip("ABC", cases, (0, 20, 4), strict=True):
+        assert steps.emitted[name] == expected(one).tokens
+        assert num_forwards(steps.finished[name]) == expected(one).num_forwards + repeated
+    nothing_is_left(cramped)
+
+
+# ---- leaving early
+
+
+def test_abort(cramped):
+    """One request is aborted in mid-canvas, one while it waits, one before its first step; the others do not notice."""
+    cases = [case(30, 10, name, steps=10) for name in "abcde"]
+    steps = Steps(cramped)
+    for one in cases[:3]:
+        steps.add(one)
+    for _ in range(3):
+        steps.step()
+    steps.abort("A", "C")
+    steps.add(cases[3])
+    steps.add(cases[4])
+    steps.abort("D")
+    steps.drain()
+    assert steps.table == [("AB", 3), ("BE", 7), ("E", 3)]
+    assert set(steps.finished) == {"B", "E"}
+    assert not difference(cases[1], steps.finished["B"])
+    assert not difference(cases[4], steps.finished["E"])
+    nothing_is_left(cramped)
+
+
+def test_abort_of_everything_frees_the_worker_too():
+    llm = engine("llada")
+    steps = Steps(llm)
+    for name in "abcd":
+        steps.add(case(40, 10, name))
+    for _ in range(7):
+        steps.step()
+    assert len(model_runner(llm).state.requests) == 4
+    steps.abort(*"ABCD")
+    nothing_is_left(llm)
+    last = case(5, 5, "last")
+    steps.add(last)
+    steps.step()
+    assert len(model_runner(llm).state.requests) == 1
+    steps.drain()
+    assert not difference(last, steps.finished["E"])
+
+
+# ---- preemption
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("after", [1, 6, 14, 20])
+def test_preemption_in_mid_canvas(policy, after):
+    """After it, the canvas begins again and is filled as before; what was emitted stays and is not emitted again."""
+    llm = engine("llada")
+    cases = [case(30, 9, policy=policy, canvas=16, steps=16, block=4, temperature=t) for t in (0.0, 1.0)]
+    steps = Steps(llm)
+    for one in cases:
+        steps.add(one)
+    for _ in range(after):
+        steps.step()
+    emitted = {name: len(tokens) for name, tokens in steps.emitted.items()}
+    assert llm.reset_prefix_cache(reset_running_requests=True)
+    assert all(request.num_preemptions == 1 for request in scheduler(llm).requests.values())
+    steps.drain()  # checks that nothing emitted changes
+    if after == 14:
+        assert min(emitted.values()) > 0
+    for name, one in zip("AB", cases, strict=True):
+        assert steps.emitted[name] == expected(one).tokens
+        # the steps of the present canvas are done twice, and said so
+        first = expected(Case(**vars(one) | {"max_tokens": 16})).num_forwards
+        repeated = after if after < first else after - first
+        assert num_forwards(steps.finished[name]) == expected(one).num_forwards + repeated
+    nothing_is_left(llm)
+
+
+def test_preemption_again_and_again():
+    llm = engine("dream")
+    one = case(20, 9, checkpoint="dream", policy="entropy", canvas=12, block=4, temperature=0.9)
+    steps = Steps(llm)
+    steps.add(one)
+    for pause in (3, 1, 5, 2, 13, 4):
+        for _ in range(pause):
+            steps.step()
+        llm.reset_prefix_cache(reset_running_requests=True)
+    steps.drain()
+    assert steps.emitted["A"] == expected(one).tokens
+
+
+# ---- priorities
+
+
+def test_priorities():
+    """Lower numbers first, whenever they come; equal ones in the order they came."""
+    llm = engine("llada", max_num_seqs=1, scheduling_policy="priority")
+    cases = [case(4, 5, name) for name in "abcd"]
+    steps = Steps(llm)
+    for one, priority in zip(cases, (5, 2, 2, 9), strict=True):
+        steps.add(one, priority=priority)
+    steps.step()
+    first = steps.add(case(4, 5, "e"), priority=0)
+    steps.drain()
+    assert first == "E"
+    order = [ran for ran, _ in steps.table]
+    assert order == ["B", "E", "C", "A", "D"]
+    check(steps, *cases, case(4, 5, "e"))
+
+
+def test_priorities_within_the_token_budget():
+    """The one that matters most is admitted first, though it came last and the budget holds one."""
+    llm = engine("llada", max_model_len=64, max_num_batched_tokens=64, scheduling_policy="priority")
+    cases = [case(5, 40, name) for name in "abc"]
+    steps = Steps(llm)
+    for one, priority in zip(cases, (1, 1, 0), strict=True):
+        steps.add(one, priority=priority)
+    steps.drain()
+    assert steps.table == [("C", 5), ("A", 5), ("B", 5)]
+    check(steps, *cases)
+
+
+# ---- when tokens come out
+
+STREAMED = [
+    Case(checkpoint, policy, 18, block, steps, 7, canvas)
+    for checkpoint in ("llada", "dream")
+    for policy in POLICIES
+    for block, steps, canvas in ((None, None, None), (6, 9, None), (4, 12, 12))
+]
+
+
+@pytest.mark.parametrize("one", STREAMED, ids=[one.id for one in STREAMED])
+def test_tokens_come_out_as_soon_as_they_are_final_and_contiguous(one):
+    steps = Steps(engine(one.checkpoint))
+    steps.add(one)
+    decided: set[int] = set()
+    for commit in expected(one).trace:
+        steps.step()
+        decided.update(commit.positions)
+        prefix = next(i for i in range(one.max_tokens + 1) if i not in decided)
+        assert steps.emitted["A"] == expected(one).tokens[:prefix]
+    assert "A" in steps.finished
+
+
+ENDED = [
+    Case(checkpoint, policy, 24, block, None, prompt, canvas, eos=True)
+    for checkpoint in ("llada-loud", "dream-loud")
+    for policy in ("low_confidence", "entropy", "random")
+    for block, prompt, canvas in ((4, 9, None), (8, 3, None), (None, 9, 6), (1, 5, None))
+]
+
+
+def test_generation_ends_at_the_first_final_eos():
+    """Later blocks are never computed."""
+    saved = 0
+    for one in ENDED:
+        steps = Steps(engine(one.checkpoint))
+        steps.add(one)
+        steps.drain()
+        check(steps, one)
+        completion = steps.finished["A"].outputs[0]
+        assert len(steps.ran) == num_forwards(steps.finished["A"])
+        if EOS in completion.token_ids:
+            assert list(completion.token_ids).index(EOS) == len(completion.token_ids) - 1
+            assert completion.finish_reason == "stop"
+            saved += len(steps.ran) < one.max_tokens
+        else:
+            assert completion.finish_reason == "length" and len(completion.token_ids) == one.max_tokens
+    assert saved >= 4
+
+
+def test_ignore_eos_fills_the_canvas():
+    goes_on = 0
+    for one in ENDED:
+        filled = Case(**vars(one) | {"eos": False, "prompt": tuple(one.prompt_ids)})
+        steps = Steps(engine(one.checkpoint))
+        steps.add(filled)
+        steps.drain()
+        check(steps, filled)
+        assert len(steps.emitted["A"]) == one.max_tokens
+        goes_on += EOS in steps.emitted["A"][:-1]
+    assert goes_on >= 4
+
+
+@pytest.mark.parametrize("policy", ["low_confidence", "entropy"])
+@pytest.mark.parametrize("place", [0, 3, 9])
+def test_stop_token_ids(policy, place):
+    """A stop token in the middle of a block ends the request as soon as all before it is final."""
+    one = case(16, 7, policy=policy, block=8)
+    tokens = expected(one).tokens
+    end = tokens.index(tokens[place])
+    prompt, params = one.request
+    params.stop_token_ids = [tokens[place]]
+    params = SamplingParams(
+        temperature=0.0, max_tokens=16, ignore_eos=True, detokenize=False, stop_token_ids=[tokens[place]],
+        seed=params.seed, extra_args=params.extra_args,
+    )  # fmt: skip
+    steps = Steps(engine("llada"))
+    steps.add(prompt, params)
+    steps.drain()
+    completion = steps.finished["A"].outputs[0]
+    assert (list(completion.token_ids), completion.stop_reason) == (tokens[: end + 1], tokens[place])
+    trace = expected(one).trace
+    decided_in = {position: step for step, commit in enumerate(trace, start=1) for position in commit.positions}
+    assert len(steps.ran) == max(decided_in[position] for position in range(end + 1))
+    nothing_is_left(engine("llada"))
+
+
+def test_stop_strings():
+    """The text ends before the stop string, and the engine forgets the request."""
+    llm = engine("tiny-llada")
+    prompt = llm.get_tokenizer().encode("Spell the word house.")
+    params = {
+        "temperature": 0.0,
+        "max_tokens": 24,
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+        "extra_args": {"diffusion_block_length": 4},
+    }
+    whole = llm.generate([{"prompt_token_ids": prompt}], SamplingParams(**params), use_tqdm=False)[0]
+    text = whole.outputs[0].text
+    assert len(text) > 6
+    stop = text[4:6]
+    end = text.index(stop)
+    cut = llm.generate([{"prompt_token_ids": prompt}], SamplingParams(**params, stop=[stop]), use_tqdm=False)[0]
+    assert (cut.outputs[0].text, cut.outputs[0].finish_reason, cut.outputs[0].stop_reason) == (text[:end], "stop", stop)
+    kept = SamplingParams(**params, stop=[stop], include_stop_str_in_output=True)
+    assert llm.generate([{"prompt_token_ids": prompt}], kept, use_tqdm=False)[0].outputs[0].text == text[: end + 2]
+    nothing_is_left(llm)
+
+
+def test_max_model_len_cuts_the_canvas(narrow):
+    """A response that cannot be as long as asked is a canvas of what there is room for."""
+    prompt = random_prompt(50, "clipped")
+    extras = {"diffusion_remasking": "low_confidence"}
+    params = SamplingParams(temperature=0.0, ignore_eos=True, detokenize=False, max_tokens=None, extra_args=extras)
+    steps = Steps(narrow)
+    steps.add(prompt, params)
+    steps.drain()
+    check(steps, Case("llada", "low_confidence", 14, prompt=tuple(prompt)))
+    assert steps.finished["A"].outputs[0].finish_reason == "length"
+
+
+def test_a_prompt_that_leaves_one_position(narrow):
+    one = case(1, 63)
+    steps = Steps(narrow)
+    steps.add(one)
+    steps.drain()
+    check(steps, one)
+    with pytest.raises(VLLMValidationError, match="maximum model length of 64"):
+        narrow.llm_engine.add_request("too-long", {"prompt_token_ids": random_prompt(64, "")}, one.sampling_params)
+    nothing_is_left(narrow)
+
+
+def test_the_engine_core_is_in_this_process(narrow):
+    assert type(core(narrow)).__name__ == "EngineCore"
