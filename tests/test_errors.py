@@ -96,6 +96,10 @@ UNSUPPORTED = {
     "logprobs": 1,
     "prompt_logprobs": 1,
     "structured_outputs": StructuredOutputsParams(json={"type": "object"}),
+    "logprob_token_ids": [1, 2],
+    "thinking_token_budget": 4,
+    "watermarking": True,
+    "trace_decode_token_ids": [3],
 }
 
 

@@ -1,0 +1,153 @@
+"""Compiles every kernel configuration for a GPU that need not be there: python tests/kernels/compile_kernels.py 90
+
+Runs the Triton wrappers on CPU tensors with a stand-in driver that compiles each launch and skips it, so what is compiled
+is what the wrappers ask for. Prints one JSON line a configuration: registers, bytes of stack (spills) and of shared memory.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from dllm_plugin.kernels.confidence import confidence_triton
+from dllm_plugin.kernels.shard_statistics import shard_entropy, shard_statistics  # noqa: F401
+from dllm_plugin.kernels.store_kv import split_kv_cache, store_kv_triton
+from dllm_plugin.kernels.unmask import Unmasked, unmask_triton
+from dllm_plugin.kernels.window_attention import HEAD_SIZES, full_attention_triton, window_attention_triton
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class OfflineDriver:
+    """What Triton asks of a driver before it launches."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def attention(head_size: int, dtype: torch.dtype, rows: int, paged: bool, splits: int, group: int = 1) -> None:
+    query = torch.zeros(rows // group, group * 2, head_size, dtype=dtype)
+    out = torch.empty_like(query)
+    starts = int32(0, rows // group)
+    if paged:
+        caches = split_kv_cache(torch.zeros(4, 2, 16, 2 * head_size, dtype=dtype), head_size)
+        window_attention_triton(
+            query, *caches, starts, int32(0), int32(64), int32(0), int32(0), int32(0, 1, 2, 3)[None],
+            rows // group, 64, 1.0, out, num_splits=splits,
+        )  # fmt: skip
+    else:
+        key = torch.zeros(rows // group, 2, head_size, dtype=dtype)
+        full_attention_triton(query, key, key, starts, rows // group, 1.0, out, num_splits=splits)
+
+
+def confidence(dtype: torch.dtype, vocab: int, sampled: bool, statistics: bool) -> None:
+    logits = torch.zeros(16, vocab, dtype=dtype)  # several tiles a part
+    ids = torch.zeros(16, 1, dtype=torch.int64)
+    row = torch.zeros(16, dtype=torch.int64)
+    drawn = (
+        (torch.ones(16), torch.ones(16, dtype=torch.bool), (row, row, row)) if sampled else (None, None, (None,) * 3)
+    )
+    confidence_triton(logits, ids, ids if statistics else None, *drawn, statistics, statistics, statistics)
+
+
+def unmask(policies: bool) -> None:
+    tokens, masked = torch.zeros(2, 64, dtype=torch.int32), torch.ones(2, 64, dtype=torch.bool)
+    row = torch.zeros(4, dtype=torch.int64)
+    one, real, long = int32(1), torch.ones(1), torch.ones(1, dtype=torch.int64)
+    optional = (real, real, real, long, long) if policies else (None,) * 5
+    summary = int32(0, 0, 0)
+    unmask_triton(
+        tokens, masked, int32(0), int32(0, 1) if policies else None, int32(0, 4), row.int(), row, torch.rand(4),
+        one, *optional, one, one, Unmasked(summary, *summary.split(1)),
+    )  # fmt: skip
+
+
+def store(dtype: torch.dtype, head_size: int) -> None:
+    key = torch.zeros(3, 2, head_size, dtype=dtype)
+    caches = split_kv_cache(torch.zeros(4, 2, 16, 2 * head_size, dtype=dtype), head_size)
+    store_kv_triton(key, key, *caches, torch.zeros(3, dtype=torch.int64))
+
+
+def configurations() -> Iterator[tuple[str, Callable, tuple]]:
+    for head_size in HEAD_SIZES:
+        for dtype in (torch.bfloat16, torch.float32):
+            for rows in (16, 32, 64, 128):
+                for paged in (True, False):
+                    yield "attention", attention, (head_size, dtype, rows, paged, 1)
+    yield "attention, grouped heads", attention, (128, torch.bfloat16, 7 * 32, True, 1, 7)
+    yield "attention, split", attention, (128, torch.bfloat16, 32, True, 4)
+    yield "attention, fp16", attention, (128, torch.float16, 128, False, 1)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for vocab in (126_464, 128):
+            for sampled in (False, True):
+                for statistics in (False, True):
+                    yield "confidence", confidence, (dtype, vocab, sampled, statistics)
+    for policies in (False, True):
+        yield "unmask", unmask, (policies,)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield "store_kv", store, (dtype, 128)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and static shared memory as cuobjdump reads them from the binary."""
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return {name.lower(): int(value) for name, value in found.items()}
+
+
+def main(capability: int, only: str = "") -> None:
+    driver.set_active(OfflineDriver(capability))
+    run, compiled = JITFunction.run, []
+
+    def compile_only(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    JITFunction.run = compile_only
+    seen = set()
+    for name, launch, arguments in configurations():
+        if only not in name:
+            continue
+        launch(*arguments)
+        for kernel in compiled:
+            if kernel.hash not in seen:
+                seen.add(kernel.hash)
+                line = {
+                    "operation": name,
+                    "kernel": kernel.metadata.name,
+                    "arguments": [str(argument) for argument in arguments],
+                    "num_warps": kernel.metadata.num_warps,
+                    "shared": kernel.metadata.shared,
+                    **resources(kernel.asm["cubin"]),
+                }
+                print(json.dumps(line), flush=True)
+        compiled.clear()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,47 @@
+"""Kernel tests interpret Triton on the CPU; benchmarks/kernels.py checks the compiled kernels on a GPU.
+
+The variable must be set before Triton is imported, so these tests run in a process of their own: pytest tests/kernels.
+"""
+
+import os
+import sys
+
+if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+    raise RuntimeError("triton is imported already and cannot be interpreted; run pytest tests/kernels by itself")
+os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+from dllm_plugin.kernels import dispatch  # noqa: E402
+
+settings.register_profile("kernels", deadline=None, max_examples=20, derandomize=True)
+settings.load_profile("kernels")
+torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    # numpy, which interprets Triton, warns of the infinities that a GPU computes with in silence
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def implementation(request, monkeypatch):
+    """Runs a test once with the reference and once with the kernels."""
+    monkeypatch.setenv(dispatch.ENVIRONMENT, request.param)
+    dispatch.use_triton.cache_clear()
+    yield request.param
+    dispatch.use_triton.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Fills new floating-point buffers with NaN, so that an element nobody wrote fails the comparison."""
+
+    def poison(tensor):
+        return tensor.fill_(float("nan")) if tensor.dtype.is_floating_point else tensor.fill_(-77)
+
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: poison(new_empty(self, *a, **k)))

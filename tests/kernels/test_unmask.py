@@ -1,0 +1,252 @@
+"""unmask against a plain Python statement of its rule, and kernel against reference."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from dllm_plugin.kernels import philox, unmask
+from dllm_plugin.kernels.unmask import unmask_reference, unmask_triton
+
+INT32 = torch.int32
+INFINITY, NAN = float("inf"), float("nan")
+
+
+class Batch:
+    """Requests as lists of segments; a segment is (columns, confidences, quota, threshold, factor)."""
+
+    def __init__(self, requests, canvas=24, eos=-1, final_prefix=None, alg_temp=None):
+        self.requests = requests
+        segments = [segment for request in requests for segment in request]
+        self.tokens = torch.randint(0, 5, (len(requests) + 2, canvas), dtype=INT32)
+        self.masked = torch.zeros(len(requests) + 2, canvas, dtype=torch.bool)
+        slots = list(range(len(requests) + 1, 1, -1))
+        for slot, request in zip(slots, requests, strict=True):
+            for columns, *_ in request:
+                self.masked[slot, columns] = True
+        rows = [column for columns, *_ in segments for column in columns]
+        bounds = lambda counts: torch.tensor([0, *counts], dtype=INT32).cumsum(0).to(INT32)  # noqa: E731
+        self.arguments = {
+            "slot": torch.tensor(slots, dtype=INT32),
+            "request_start_loc": bounds([len(request) for request in requests]),
+            "segment_start_loc": bounds([len(columns) for columns, *_ in segments]),
+            "row_position": torch.tensor(rows, dtype=INT32),
+            "token": torch.tensor([100 + column for column in rows], dtype=torch.int64),
+            "confidence": torch.tensor([c for _, values, *_ in segments for c in values], dtype=torch.float32),
+            "quota": torch.tensor([segment[2] for segment in segments], dtype=INT32),
+            "threshold": torch.tensor([segment[3] for segment in segments], dtype=torch.float32),
+            "factor": torch.tensor([segment[4] for segment in segments], dtype=torch.float32),
+            "final_prefix": torch.tensor(final_prefix or [0] * len(requests), dtype=INT32),
+            "eos_token_id": torch.full((len(requests),), eos, dtype=INT32),
+        }
+        if alg_temp is not None:
+            self.arguments |= {
+                "alg_temp": torch.tensor(alg_temp, dtype=torch.float32),
+                "seed": torch.arange(len(segments)) + 10**11,
+                "step": torch.arange(len(segments)) + 5,
+            }
+
+    def run(self):
+        tokens, masked = self.tokens.clone(), self.masked.clone()
+        return tokens, masked, unmask(tokens, masked, **self.arguments)
+
+    def expected(self):
+        tokens, masked = self.tokens.clone(), self.masked.clone()
+        remaining, prefixes, eos_columns, index = [], [], [], 0
+        slots = self.arguments["slot"].tolist()
+        for number, (slot, request) in enumerate(zip(slots, self.requests, strict=True)):
+            for columns, values, quota, threshold, factor in request:
+                values = torch.tensor(values, dtype=torch.float32).tolist()
+                score = values
+                if "alg_temp" in self.arguments and self.arguments["alg_temp"][index] > 0:
+                    seed, step = (
+                        self.arguments[name][index : index + 1].expand(len(columns)) for name in ("seed", "step")
+                    )
+                    noise = philox.gumbel(seed, torch.tensor(columns, dtype=torch.int64), step, stream=philox.ORDER)
+                    score = (torch.tensor(values) / self.arguments["alg_temp"][index] + noise).tolist()
+                order = sorted(range(len(columns)), key=lambda i: (math.isnan(score[i]), -score[i], i))
+                accepted = 0
+                if factor > 0:
+                    while accepted < len(order) and (
+                        accepted == 0 or values[order[accepted]] >= 1 - factor / (accepted + 2)
+                    ):
+                        accepted += 1
+                count = min(max(quota, sum(value > threshold for value in values), accepted, 0), len(columns))
+                for i in order[:count]:
+                    tokens[slot, columns[i]] = 100 + columns[i]
+                    masked[slot, columns[i]] = False
+                remaining.append(len(columns) - count)
+                index += 1
+            prefix = int(self.arguments["final_prefix"][number])
+            while prefix < masked.shape[1] and not masked[slot, prefix]:
+                prefix += 1
+            final = tokens[slot, :prefix].tolist()
+            eos = int(self.arguments["eos_token_id"][number])
+            prefixes.append(prefix)
+            eos_columns.append(final.index(eos) if eos in final else -1)
+        return tokens, masked, remaining + prefixes + eos_columns
+
+    def check(self):
+        tokens, masked, got = self.run()
+        want_tokens, want_masked, summary = self.expected()
+        assert got.summary.tolist() == summary
+        assert torch.equal(tokens, want_tokens) and torch.equal(masked, want_masked)
+        return got
+
+
+VALUES = [0.2, 0.9, 0.5, 0.9, 0.95, 0.1]
+COLUMNS = [3, 4, 6, 9, 10, 20]
+RULES = [
+    # id, confidences, quota, threshold, factor, columns taken
+    ("quota", VALUES, 2, INFINITY, 0, [10, 4]),
+    ("quota_ties_by_position", [0.5] * 6, 3, INFINITY, 0, [3, 4, 6]),
+    ("quota_above_rows", VALUES, 99, INFINITY, 0, COLUMNS),
+    ("nothing", VALUES, 0, INFINITY, 0, []),
+    ("negative_quota", VALUES, -3, INFINITY, 0, []),
+    ("threshold_is_strict", [0.2, 0.75, 0.5, 0.75, 0.95, 0.1], 0, 0.75, 0, [10]),
+    ("threshold_forces_one", VALUES, 1, 0.99, 0, [10]),
+    ("threshold_or_quota", VALUES, 4, 0.93, 0, [10, 4, 9, 6]),
+    ("semi_activated", VALUES, 0, 0.99, 0, []),
+    ("factor", VALUES, 0, INFINITY, 0.45, [10, 4, 9]),  # 0.9 >= 1 - 0.45/3, 0.9 >= 1 - 0.45/4, 0.5 < 1 - 0.45/5
+    ("factor_first_always", [0.1] * 6, 0, INFINITY, 0.1, [3]),
+    ("factor_no_exception_for_the_last", [0.99, 0.99, 0.99, 0.99, 0.99, 0.1], 0, INFINITY, 0.5, [3, 4, 6, 9, 10]),
+    ("factor_zero_is_off", VALUES, 0, INFINITY, 0.0, []),
+    ("nan_last", [NAN, 0.1, -INFINITY, NAN, -3.0, 0.0], 4, INFINITY, 0, [4, 20, 10, 6]),
+    ("nan_passes_nothing", [NAN] * 6, 0, -INFINITY, 0, []),
+    ("negative_entropy", [-0.1, -2.0, -0.01, -5.0, 0.0, -0.3], 2, INFINITY, 0, [10, 6]),
+    ("all_minus_infinity", [-INFINITY] * 6, 2, INFINITY, 0, [3, 4]),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule[0])
+def test_rules(implementation, rule):
+    _, values, quota, threshold, factor, taken = rule
+    batch = Batch([[(COLUMNS, values, quota, threshold, factor)]])
+    batch.check()
+    tokens, masked, got = batch.run()
+    assert sorted(taken) == [column for column in COLUMNS if not masked[2, column]]
+    assert all(tokens[2, column] == 100 + column for column in taken)
+    assert got.remaining.tolist() == [len(COLUMNS) - len(taken)]
+
+
+def test_optional_tensors_may_be_missing(implementation):
+    batch = Batch([[(COLUMNS, VALUES, 2, INFINITY, 0)], [([1], [0.3], 1, INFINITY, 0)]])
+    whole = batch.run()
+    for name in ("threshold", "factor", "request_start_loc"):
+        del batch.arguments[name]
+    for a, b in zip(whole[:2], batch.run()[:2], strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(whole[2].summary, batch.run()[2].summary)
+
+
+def test_requests_with_several_and_empty_segments(implementation):
+    Batch(
+        [
+            [([0, 1], [0.5, 0.6], 1, INFINITY, 0), ([], [], 3, 0.5, 1.0), ([5, 6, 7], [0.1, 0.2, 0.3], 0, 0.15, 0)],
+            [],
+            [([2], [NAN], 1, INFINITY, 0)],
+        ]
+    ).check()
+
+
+def test_other_slots_and_columns_stay(implementation):
+    batch = Batch([[(COLUMNS, VALUES, 6, INFINITY, 0)]])
+    tokens, masked, _ = batch.run()
+    assert torch.equal(tokens[:2], batch.tokens[:2]) and torch.equal(masked[:2], batch.masked[:2])
+    others = [column for column in range(24) if column not in COLUMNS]
+    assert torch.equal(tokens[2, others], batch.tokens[2, others])
+
+
+@pytest.mark.parametrize("canvas", [24, 1024, 1500])
+def test_final_prefix_and_first_eos(implementation, canvas):
+    eos = 105  # the token of column 5
+    cases = [([4, 5, 6], 1, [0.9, 0.1, 0.2]), ([4, 5, 6], 2, [0.9, 0.8, 0.2]), ([4, 5, 6], 3, [0.9, 0.8, 0.2])]
+    requests = [[(columns, values, quota, INFINITY, 0)] for columns, quota, values in cases]
+    got = Batch(requests, canvas=canvas, eos=eos, final_prefix=[0, 4, 2]).check()
+    assert got.final_prefix.tolist() == [5, 6, canvas] and got.first_eos.tolist() == [-1, 5, 5]
+    assert got.summary.shape == (9,) and got.summary.dtype == INT32
+
+
+def test_an_early_eos_wins(implementation):
+    batch = Batch([[([20], [0.5], 0, INFINITY, 0)]], canvas=1100, eos=7)
+    batch.tokens[2, [2, 3, 21]] = 7
+    assert batch.check().first_eos.tolist() == [2]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 63, 64, 65, 200])
+def test_long_segments(implementation, rows):
+    values = (torch.randint(0, 20, (rows,)) / 20).tolist()
+    columns = sorted(torch.randperm(300)[:rows].tolist())
+    Batch([[(columns, values, rows // 3, 0.9, 0.7)]] * 2, canvas=300, eos=-1).check()
+
+
+def test_alg_temp_orders_by_noise(implementation):
+    request = [(COLUMNS, VALUES, 3, INFINITY, 0), ([11, 12, 13], [0.1, 0.2, NAN], 2, INFINITY, 0)]
+    Batch([request, request], alg_temp=[0.5, 0.0, 2.0, 1.0]).check()
+
+
+def test_alg_temp_draws_without_replacement():
+    """The first pick follows softmax(confidence / alg_temp)."""
+    values, temperature, trials = [0.9, 0.5, 0.1], 0.4, 3000
+    batch = Batch([[([0, 1, 2], values, 1, INFINITY, 0)]] * trials, canvas=3, alg_temp=[temperature] * trials)
+    _, masked, _ = batch.run()
+    picked = (~masked[2:]).sum(0).tolist()
+    share = (torch.tensor(values, dtype=torch.float64) / temperature).softmax(0)
+    assert stats.chisquare(picked, (share * trials).tolist()).pvalue > 0.001
+
+
+@given(st.data())
+def test_kernel_agrees_with_reference(data):
+    value = st.sampled_from([0.0, -0.0, 0.25, 0.5, 0.9, 0.95, 1.0, -1.5, NAN, -INFINITY])
+    requests = []
+    for _ in range(data.draw(st.integers(1, 3))):
+        columns, request = list(range(16)), []
+        for _ in range(data.draw(st.integers(0, 3))):
+            rows = data.draw(st.integers(0, min(5, len(columns))))
+            mine, columns = columns[:rows], columns[rows:]
+            values = data.draw(st.lists(value, min_size=rows, max_size=rows))
+            rule = st.tuples(st.integers(-1, 6), st.sampled_from([0.5, 0.9, INFINITY]), st.sampled_from([0, 0.3, 2.0]))
+            request.append((mine, values, *data.draw(rule)))
+        requests.append(request)
+    segments = sum(map(len, requests))
+    if not segments:
+        return
+    temperatures = data.draw(st.none() | st.lists(st.sampled_from([0.0, 0.7]), min_size=segments, max_size=segments))
+    batch = Batch(requests, canvas=17, eos=103, alg_temp=temperatures)
+    results = []
+    for run in (unmask_reference, unmask_triton):
+        tokens, masked = batch.tokens.clone(), batch.masked.clone()
+        a = batch.arguments
+        summary = torch.full((segments + 2 * len(requests),), -9, dtype=INT32)
+        views = summary.split((segments, len(requests), len(requests)))
+        names = ("slot", "request_start_loc", "segment_start_loc", "row_position", "token", "confidence", "quota",
+                 "threshold", "factor", "alg_temp", "seed", "step", "final_prefix", "eos_token_id")  # fmt: skip
+        run(tokens, masked, *(a.get(name) for name in names), type(batch.run()[2])(summary, *views))
+        results.append((tokens, masked, summary))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    assert results[0][2].tolist() == batch.expected()[2]
+
+
+def test_empty_batch(implementation):
+    assert Batch([]).run()[2].summary.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quota": torch.zeros(1)}, r"quota must be torch.int32 \[1\]"),
+        ({"confidence": torch.zeros(5)}, r"confidence must be torch.float32 \[6\]"),
+        ({"token": torch.zeros(6)}, "token must be integer"),
+        ({"request_start_loc": None, "slot": torch.zeros(2, dtype=INT32)}, "need request_start_loc"),
+        ({"alg_temp": torch.ones(1)}, "needs? seed and step|from seed and step"),
+        ({"canvas_masked": torch.zeros(3, 24)}, "canvas_tokens and canvas_masked"),
+    ],
+)
+def test_refusals(change, message):
+    batch = Batch([[(COLUMNS, VALUES, 2, INFINITY, 0)]])
+    arguments = {"canvas_tokens": batch.tokens, "canvas_masked": batch.masked, **batch.arguments, **change}
+    with pytest.raises(ValueError, match=message):
+        unmask(**arguments)

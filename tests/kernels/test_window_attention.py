@@ -1,0 +1,338 @@
+"""Both attention operations against float64 with the visibility rule written out, on pages in any order."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dllm_plugin.kernels import full_attention, split_kv_cache, store_kv, window_attention
+from dllm_plugin.kernels.window_attention import (
+    Tiling,
+    choose_splits,
+    choose_tiling,
+    full_attention_triton,
+    window_attention_triton,
+)
+
+# bf16 products are wrong in the interpreter
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.float64: 1e-9}
+
+
+def starts(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).tolist()
+
+
+class Case:
+    """Windows (length, start, visible, prefix_len, block_length) over shuffled pages of NaN around the written keys."""
+
+    def __init__(
+        self, windows, heads=4, kv_heads=2, head_size=64, page_size=16, dtype=torch.float32, tokens_outside=True
+    ):
+        self.windows = windows
+        most = max([-(-visible // page_size) for _, _, visible, *_ in windows], default=0)
+        pages = len(windows) * most + 1
+        shape = (pages, page_size, kv_heads, 2 * head_size)
+        cache = torch.full(shape, float("nan"), dtype=dtype).transpose(1, 2)
+        if not tokens_outside:
+            cache = cache.contiguous()
+        self.key_cache, self.value_cache = split_kv_cache(cache, head_size)
+        self.block_table = torch.randperm(pages)[: len(windows) * most].view(len(windows), most).to(torch.int32)
+        self.keys, self.values = [], []
+        for (_, _, visible, *_), table in zip(windows, self.block_table.tolist(), strict=True):
+            key, value = torch.randn(2, visible, kv_heads, head_size).to(dtype)
+            slots = [table[p // page_size] * page_size + p % page_size for p in range(visible)]
+            store_kv(key, value, self.key_cache, self.value_cache, torch.tensor(slots, dtype=torch.int64))
+            self.keys.append(key)
+            self.values.append(value)
+        self.starts = starts([length for length, *_ in windows])
+        self.query = torch.randn(self.starts[-1], heads, head_size).to(dtype)
+        self.scale = head_size**-0.5
+
+    def arguments(self):
+        column = lambda n: torch.tensor([window[n] for window in self.windows], dtype=torch.int32)  # noqa: E731
+        return {
+            "query_start_loc": torch.tensor(self.starts, dtype=torch.int32),
+            "window_start": column(1),
+            "visible": column(2),
+            "prefix_len": column(3),
+            "block_length": column(4),
+            "block_table": self.block_table,
+            "max_query_len": max((length for length, *_ in self.windows), default=0),
+            "max_visible": max((visible for _, _, visible, *_ in self.windows), default=0),
+            "scale": self.scale,
+        }
+
+    def run(self, **options):
+        out = torch.full_like(self.query, float("nan"))
+        got = window_attention(self.query, self.key_cache, self.value_cache, out=out, **self.arguments(), **options)
+        assert got is out
+        return out
+
+    def kernel(self, tiling, num_splits):
+        out = torch.full_like(self.query, float("nan"))
+        a = self.arguments()
+        names = ("query_start_loc", "window_start", "visible", "prefix_len", "block_length", "block_table",
+                 "max_query_len", "max_visible", "scale")  # fmt: skip
+        return window_attention_triton(
+            self.query,
+            self.key_cache,
+            self.value_cache,
+            *(a[n] for n in names),
+            out,
+            tiling=tiling,
+            num_splits=num_splits,
+        )
+
+    def expected(self):
+        out = torch.zeros(self.query.shape, dtype=torch.float64)
+        group = self.query.shape[1] // self.key_cache.shape[2]
+        for number, (length, start, visible, prefix, block) in enumerate(self.windows):
+            for i in range(length):
+                limit = visible
+                if block:
+                    position = start + i
+                    limit = prefix if position < prefix else prefix + ((position - prefix) // block + 1) * block
+                    limit = min(limit, visible)
+                if limit:
+                    key, value = (
+                        x[number][:limit].double().repeat_interleave(group, 1) for x in (self.keys, self.values)
+                    )
+                    row = self.starts[number] + i
+                    weights = (torch.einsum("hd,khd->hk", self.query[row].double(), key) * self.scale).softmax(1)
+                    out[row] = torch.einsum("hk,khd->hd", weights, value)
+        return out
+
+    def check(self, out):
+        torch.testing.assert_close(
+            out.double(), self.expected(), rtol=TOLERANCE[out.dtype], atol=TOLERANCE[out.dtype], equal_nan=False
+        )
+
+
+WINDOWS = {
+    "one_key": [(1, 0, 1, 0, 0)],
+    "whole": [(33, 0, 33, 0, 0)],
+    "block_of_a_sequence": [(8, 40, 48, 0, 0)],
+    "keys_after_the_window": [(8, 16, 63, 0, 0)],
+    "first_pass_mixed_with_blocks": [(100, 0, 100, 0, 0), (8, 30, 70, 0, 0), (1, 5, 6, 0, 0)],
+    "empty_window_and_no_keys": [(0, 0, 7, 0, 0), (3, 0, 0, 0, 0), (2, 0, 16, 0, 0)],
+    "block_causal": [(24, 0, 24, 0, 8)],
+    "block_causal_after_prefix": [(20, 13, 33, 13, 8)],
+    "block_causal_from_inside_the_prefix": [(30, 3, 33, 10, 7)],
+    "block_causal_cut_by_visible": [(10, 10, 17, 4, 8)],
+    "only_prefix": [(6, 0, 40, 12, 4)],
+    "prefix_of_nothing": [(5, 0, 5, 3, 2), (4, 0, 4, 0, 1)],
+    "mixed_rules": [(16, 8, 24, 8, 8), (16, 8, 24, 0, 0), (40, 0, 40, 9, 5)],
+}
+
+
+@pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS)
+def test_visibility(implementation, windows):
+    case = Case(windows)
+    case.check(case.run())
+
+
+@pytest.mark.parametrize("start", range(0, 20, 3))
+def test_every_alignment(implementation, start):
+    case = Case([(7, start, start + 7, 5, 4), (7, start, start + 9, 0, 0)])
+    case.check(case.run())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("head_size", [32, 64, 80, 96, 128, 256])
+def test_head_sizes(implementation, head_size, dtype):
+    case = Case([(9, 12, 21, 0, 0), (5, 20, 25, 6, 8)], head_size=head_size, dtype=dtype)
+    case.check(case.run())
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 1), (8, 2), (7, 1), (28, 4)])
+def test_grouped_heads(implementation, heads, kv_heads):
+    case = Case([(5, 10, 15, 0, 0), (20, 0, 20, 4, 8)], heads=heads, kv_heads=kv_heads)
+    case.check(case.run())
+
+
+@pytest.mark.parametrize("tokens_outside", [True, False])
+@pytest.mark.parametrize("page_size", [16, 32, 48])
+def test_pages(implementation, page_size, tokens_outside):
+    case = Case([(5, 60, 65, 0, 0), (3, 0, 50, 2, 4)], page_size=page_size, tokens_outside=tokens_outside)
+    case.check(case.run())
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 3, 5])
+@pytest.mark.parametrize("tiling", [Tiling(16, 16, 4, 2), Tiling(64, 32, 4, 2)], ids=str)
+def test_tilings_and_splits(tiling, num_splits):
+    case = Case([(40, 30, 70, 20, 8), (1, 4, 5, 0, 0), (3, 0, 0, 0, 0), (9, 0, 90, 0, 0)])
+    case.check(case.kernel(tiling, num_splits))
+
+
+def test_a_long_row(implementation):
+    case = Case([(1, 999, 1000, 0, 0), (63, 937, 1000, 1, 63)], heads=2, kv_heads=1)
+    case.check(case.run())
+
+
+@given(st.data())
+def test_any_windows(data):
+    windows = []
+    for _ in range(data.draw(st.integers(1, 3))):
+        visible = data.draw(st.integers(0, 40))
+        start = data.draw(st.integers(0, visible))
+        length = data.draw(st.integers(0, visible - start))
+        windows.append((length, start, visible, data.draw(st.integers(0, visible)), data.draw(st.integers(0, 9))))
+    case = Case(windows, heads=2, kv_heads=1, head_size=32)
+    case.check(case.run())
+    if case.starts[-1]:
+        case.check(case.kernel(Tiling(16, 16, 4, 2), data.draw(st.integers(1, 3))))
+
+
+def test_host_copies_change_nothing():
+    case = Case(WINDOWS["mixed_rules"])
+    names = ("query_start_loc", "window_start", "visible", "prefix_len", "block_length")
+    copies = {f"{name}_cpu": case.arguments()[name].tolist() for name in names}
+    assert torch.equal(case.run(), case.run(**copies))
+
+
+def sequences(lengths, heads=4, kv_heads=2, head_size=64, dtype=torch.float32):
+    """Slices of one projection, as a model has them."""
+    qkv = torch.randn(sum(lengths), heads + 2 * kv_heads, head_size).to(dtype)
+    return qkv.split([heads, kv_heads, kv_heads], 1)
+
+
+def run_full(query, key, value, lengths, **options):
+    return full_attention(
+        query, key, value, query_start_loc=torch.tensor(starts(lengths), dtype=torch.int32),
+        max_query_len=max(lengths, default=0), scale=0.125, out=torch.full(query.shape, float("nan"), dtype=query.dtype),
+        **options,
+    )  # fmt: skip
+
+
+def check_full(out, query, key, value, lengths):
+    group = query.shape[1] // key.shape[1]
+    for first, last in zip(starts(lengths), starts(lengths)[1:], strict=False):
+        k, v = (x[first:last].double().repeat_interleave(group, 1) for x in (key, value))
+        weights = (torch.einsum("qhd,khd->hqk", query[first:last].double(), k) * 0.125).softmax(2)
+        want = torch.einsum("hqk,khd->qhd", weights, v)
+        torch.testing.assert_close(out[first:last].double(), want, rtol=TOLERANCE[out.dtype], atol=TOLERANCE[out.dtype])
+
+
+@pytest.mark.parametrize("lengths", [[1], [7, 7], [63, 0, 5], [130, 1, 1, 130]], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (7, 1)])
+def test_full_attention(implementation, lengths, heads, kv_heads):
+    inputs = sequences(lengths, heads, kv_heads)
+    check_full(run_full(*inputs, lengths), *inputs, lengths)
+
+
+@pytest.mark.parametrize("head_size", [32, 80, 96, 128, 256])
+def test_full_attention_head_sizes(implementation, head_size):
+    inputs = sequences([20, 5], head_size=head_size, dtype=torch.float16)
+    check_full(run_full(*inputs, [20, 5]), *inputs, [20, 5])
+
+
+def test_full_attention_of_values_that_no_descriptor_describes(implementation):
+    query, key, value = sequences([20, 40])
+    apart = torch.randn(60, 4, 128)[:, ::2, :64]  # heads are not neighbours
+    check_full(run_full(query, key, apart, [20, 40]), query, key, apart, [20, 40])
+
+
+def test_nan_of_a_neighbour_stays_there(implementation):
+    query, key, value = sequences([10, 20])
+    value[10:] = float("nan")
+    out = run_full(query, key, value, [10, 20])
+    assert out[:10].isfinite().all() and out[10:].isnan().all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cpu_result_of_a_request_does_not_depend_on_its_neighbours(dtype, threads):
+    lengths = [24, 24, 24, 7, 200, 24, 1, 1]
+    query, key, value = sequences(lengths, dtype=dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    together = run_full(query, key, value, lengths, query_start_loc_cpu=starts(lengths))
+    for first, last in zip(starts(lengths), starts(lengths)[1:], strict=False):
+        alone = run_full(query[first:last].clone(), key[first:last].clone(), value[first:last].clone(), [last - first])
+        assert torch.equal(together[first:last], alone)
+    windows = [(24, 0, 60, 0, 0)] * 3 + [(24, 36, 60, 0, 0), (8, 0, 60, 20, 8)]
+    case = Case(windows, dtype=torch.float32)
+    whole = case.run()
+    for n in range(len(windows)):
+        case.windows = windows[n : n + 1]
+        rows = slice(starts([w[0] for w in windows])[n], starts([w[0] for w in windows])[n + 1])
+        one = Case.__new__(Case)
+        one.__dict__ |= case.__dict__
+        one.block_table, one.query = case.block_table[n : n + 1], case.query[rows].clone()
+        one.starts = starts([windows[n][0]])
+        assert torch.equal(one.run(), whole[rows])
+    torch.set_num_threads(before)
+
+
+def test_empty_batches(implementation):
+    assert run_full(*sequences([]), []).shape == (0, 4, 64)
+    assert Case([(0, 0, 5, 0, 0)]).run().shape == (0, 4, 64)
+    assert full_attention(
+        *sequences([5]), query_start_loc=torch.tensor([0, 5], dtype=torch.int32), max_query_len=5, scale=1.0
+    ).shape == (
+        5,
+        4,
+        64,
+    )
+
+
+def test_the_number_of_splits_fills_the_device():
+    cpu = torch.device("cpu")  # four slots
+    assert choose_splits(4, 4096, cpu) == 1 and choose_splits(1, 100, cpu) == 1
+    assert choose_splits(1, 4096, cpu) == 4 and choose_splits(100, 4096, cpu) == 1
+
+
+def test_every_tiling_is_a_power_of_two():
+    for head_size in (32, 64, 80, 96, 128, 256):
+        for rows in (1, 16, 17, 32, 64, 65, 5000):
+            tiling = choose_tiling(head_size, torch.bfloat16, rows, True)
+            assert tiling.rows & (tiling.rows - 1) == 0 and tiling.keys & (tiling.keys - 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.zeros(8, 4, 48)}, "same head_size"),
+        ({"query": torch.zeros(8, 3, 64)}, "num_heads a multiple of num_kv_heads"),
+        ({"query": torch.zeros(8, 4, 64, dtype=torch.float16)}, "share a dtype"),
+        ({"query": torch.zeros(8, 4, 128)[..., ::2]}, "contiguous last dimension"),
+        ({"block_table": torch.zeros(2, 3, dtype=torch.int32)}, r"block_table \[1, max_pages\]"),
+        ({"query_start_loc": torch.tensor([0, 8])}, "query_start_loc must be int32"),
+        ({"max_visible": 1000}, "max_visible 1000 exceeds"),
+        ({"visible": torch.zeros(1)}, r"visible must be int32 \[1\]"),
+        ({"out": torch.zeros(8, 4, 32)}, "out must be like the query"),
+    ],
+)
+def test_refusals(change, message):
+    case = Case([(8, 0, 8, 0, 0)])
+    arguments = {"query": case.query, "key_cache": case.key_cache, "value_cache": case.value_cache}
+    with pytest.raises(ValueError, match=message):
+        window_attention(**arguments | case.arguments() | change)
+
+
+def test_full_attention_refuses_other_tokens():
+    query, key, value = sequences([8])
+    with pytest.raises(ValueError, match=r"key and value must be \[8,"):
+        full_attention(
+            query,
+            key[:4],
+            value[:4],
+            query_start_loc=torch.tensor([0, 8], dtype=torch.int32),
+            max_query_len=8,
+            scale=1.0,
+        )
+
+
+def test_the_kernel_takes_a_tiling():
+    inputs = sequences([100, 30])
+    out = torch.full(inputs[0].shape, float("nan"))
+    full_attention_triton(
+        *inputs,
+        torch.tensor([0, 100, 130], dtype=torch.int32),
+        100,
+        0.125,
+        out,
+        tiling=Tiling(32, 16, 4, 2),
+        num_splits=3,
+    )
+    check_full(out, *inputs, [100, 30])
