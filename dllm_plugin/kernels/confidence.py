@@ -281,8 +281,7 @@ def check_arguments(
 # element costs a conversion, two comparisons and an exponential and nothing crosses threads inside the loop, and finds the
 # winning column at the end by reading its eight again. It leaves seven numbers, which a second kernel merges in the order
 # of the columns. Nothing is summed atomically. Column ids travel as fp32, exact below 2**24.
-_TILE, _WARPS = 4096, 4
-_PREFETCH = False
+_TILE, _TILE_WARPS = 4096, 4
 _PARTIALS = 7  # score, token, maximum, sum, best logit, best column, best of the others
 # What `shard_statistics` returns for a row, and the merge of its tiles leaves.
 SCORE, TOKEN, TOKEN_LOGIT, MAXIMUM, SUM, BEST, BEST_LOGIT, OTHER = range(8)
@@ -342,8 +341,8 @@ def launch_statistics(
         logits, logits.stride(0), no_choice, no_mass, temperature, tempered, *noise, partial,
         vocab, vocab_start, tiles, parts,
         NO_CHOICE=num_no_choice, NO_MASS=num_no_mass, MARGIN=margin, TOKEN_STREAM=philox.TOKEN,
-        PARTIALS=_PARTIALS, OFFSET=vocab_start % 4, BLOCK=tile, PREFETCH=_PREFETCH,
-        num_warps=max(tile * _WARPS // _TILE, 1),
+        PARTIALS=_PARTIALS, OFFSET=vocab_start % 4, BLOCK=tile,
+        num_warps=max(tile * _TILE_WARPS // _TILE, 1),
     )  # fmt: skip
     outputs = (None,) * 4
     if result is not None:
@@ -377,7 +376,7 @@ def launch_entropy(
             logits, logits.stride(0), no_mass, temperature, tempered, statistics, partial,
             vocab, vocab_start, tiles, parts,
             NO_MASS=0 if no_mass is None else no_mass.shape[1], EPSILON=ENTROPY_EPSILON,
-            MAXIMUM=MAXIMUM, SUM=SUM, STATISTICS=NUM_STATISTICS, BLOCK=tile, num_warps=max(tile * _WARPS // _TILE, 1),
+            MAXIMUM=MAXIMUM, SUM=SUM, STATISTICS=NUM_STATISTICS, BLOCK=tile, num_warps=max(tile * _TILE_WARPS // _TILE, 1),
         )  # fmt: skip
         torch.sum(partial, 1, out=out)
         out.neg_()
@@ -435,7 +434,7 @@ def _part_kernel(
     step_ptr, partial_ptr,
     vocab, vocab_start, tiles, parts,
     NO_CHOICE: tl.constexpr, NO_MASS: tl.constexpr, MARGIN: tl.constexpr, TOKEN_STREAM: tl.constexpr,
-    PARTIALS: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr, PREFETCH: tl.constexpr,
+    PARTIALS: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The seven numbers of one part of one row."""
     GROUPS: tl.constexpr = BLOCK // 8
@@ -457,18 +456,10 @@ def _part_kernel(
     second = best  # the highest after it, of another tile
     total = tl.zeros([GROUPS], tl.float32)  # sum of exponentials relative to the peak
     end = tl.minimum(first + tiles * BLOCK, vocab)
-    if PREFETCH:
-        ahead = first + tl.arange(0, BLOCK)
-        loaded = tl.load(logits + ahead, mask=(ahead >= 0) & (ahead < end), other=lowest)
     for tile in range(tiles):
         start = first + tile * BLOCK
         column = start + tl.arange(0, BLOCK)
-        if PREFETCH:
-            x = loaded.to(tl.float32)
-            ahead = column + BLOCK  # on its way while this tile is computed
-            loaded = tl.load(logits + ahead, mask=ahead < end, other=lowest)
-        else:
-            x = tl.load(logits + column, mask=(column >= 0) & (column < end), other=lowest).to(tl.float32)
+        x = tl.load(logits + column, mask=(column >= 0) & (column < end), other=lowest).to(tl.float32)
         high = tl.max(tl.reshape(x, [GROUPS, 8]), 1)
         top = high
         if _any_inside(start, vocab_start, row, no_choice_ptr, NO_CHOICE, BLOCK):

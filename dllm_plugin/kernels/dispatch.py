@@ -29,7 +29,16 @@ except ImportError:  # a CPU installation needs no Triton
     triton = tl = _Absent()
     HAS_TRITON = False
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "contiguous", "num_multiprocessors", "tl", "triton", "use_triton"]
+__all__ = [
+    "HAS_TRITON",
+    "INTERPRETED",
+    "contiguous",
+    "device_generation",
+    "num_multiprocessors",
+    "tl",
+    "triton",
+    "use_triton",
+]
 
 ENVIRONMENT = "DLLM_PLUGIN_KERNELS"
 # Triton decides at decoration time whether a kernel is interpreted, so this is read once, at the same time.
@@ -66,6 +75,12 @@ def use_triton(device_type: str) -> bool:
 def num_multiprocessors(device: torch.device) -> int:
     """How many programs run side by side; a small number where Triton is interpreted, so that tests split work too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@functools.cache
+def device_generation(device: torch.device) -> int:
+    """Major compute capability: 8 for Ampere, 9 for Hopper, 10 for Blackwell. Interpreted kernels pass for Hopper's."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:

@@ -2,7 +2,7 @@
 
 Top-p keeps the most probable columns up to and including the one that carries their sum past `top_p`, so at least one;
 top-k keeps every column that is not below the k-th largest. Filtered columns become `-inf`. The best column that may be
-chosen always survives, so that a row whose likeliest column is forbidden still has a choice.
+chosen stays finite, so that a row whose likeliest column is forbidden still has a choice, of probability 0.
 
 The result is already divided by the temperature: give it to `confidence` with temperature 1 (0 where greedy). At
 temperature 0 the filters apply all the same; they then change probabilities, not the choice. Requests that filter are few
@@ -33,7 +33,6 @@ def filter_top_k_top_p(
     if top_p is None and top_k is None:
         return x
     best = _best_allowed(x, no_choice)
-    survivor = x.gather(1, best)
 
     values, column = x.sort(dim=1, descending=True, stable=True)
     if top_p is not None:
@@ -45,7 +44,9 @@ def filter_top_k_top_p(
     if top_k is not None:
         kth = values.gather(1, torch.where(top_k > 0, top_k, vocab).clamp(max=vocab).to(torch.int64)[:, None] - 1)
         values.masked_fill_(values < kth, float("-inf"))
-    return x.scatter_(1, column, values).scatter_(1, best, survivor)
+    x.scatter_(1, column, values)
+    # finite, so that it can be chosen; where it was filtered its probability is 0
+    return x.scatter_(1, best, x.gather(1, best).clamp(min=torch.finfo(torch.float32).min))
 
 
 def _best_allowed(x: Tensor, no_choice: Tensor | None) -> Tensor:

@@ -47,7 +47,7 @@ def unmask(
     confidence: Tensor,
     quota: Tensor,
     final_prefix: Tensor,
-    eos_token_id: Tensor,
+    eos_token_id: Tensor | None = None,
     request_start_loc: Tensor | None = None,
     threshold: Tensor | None = None,
     factor: Tensor | None = None,
@@ -58,7 +58,7 @@ def unmask(
     """Writes tokens into `canvas_tokens` and clears `canvas_masked`, both [max_slots, max_canvas], in place.
 
     A request is [num_requests]: `slot` (its row of the canvas), `final_prefix` (columns already known to be final) and
-    `eos_token_id` (-1: none). Its segments are `request_start_loc` [num_requests + 1]; None: one each. A segment is
+    `eos_token_id` (-1, or None for all: none). Its segments are `request_start_loc` [num_requests + 1]; None: one each. A segment is
     [num_segments]: `quota`, `threshold`, `factor`, `alg_temp`, `seed`, `step`; its rows are `segment_start_loc`
     [num_segments + 1]. A row is [rows]: `row_position` (its column), `token`, fp32 `confidence`. Slots are distinct.
 
@@ -119,48 +119,62 @@ def unmask_reference(
     seed: Tensor | None,
     step: Tensor | None,
     final_prefix: Tensor,
-    eos_token_id: Tensor,
+    eos_token_id: Tensor | None,
     result: Unmasked,
 ) -> None:
     """The torch path: two stable sorts order all rows at once, whatever the shape of the batch."""
-    rows, max_canvas = confidence.shape[0], canvas_masked.shape[1]
+    rows, max_canvas, num_segments = confidence.shape[0], canvas_masked.shape[1], quota.shape[0]
     length = segment_start_loc.diff()
     row = torch.arange(rows, device=confidence.device)
-    segment = torch.bucketize(row, segment_start_loc[1:], right=True)
+    segment = None  # where there is one segment, every row is its
+    if num_segments > 1:
+        segment = torch.bucketize(row, segment_start_loc[1:], right=True)
+
+    def of_row(per_segment: Tensor) -> Tensor:
+        return per_segment if segment is None else per_segment.index_select(0, segment)
 
     # Ascending order of the negated score puts NaN last, where a descending sort would put it first.
     score = -confidence
     if alg_temp is not None:
-        temperature = alg_temp[segment]
-        noise = philox.gumbel(seed[segment], row_position.to(torch.int64), step[segment], stream=philox.ORDER)
+        temperature = of_row(alg_temp).expand(rows)
+        row_seed, row_step = of_row(seed).expand(rows), of_row(step).expand(rows)
+        noise = philox.gumbel(row_seed, row_position.to(torch.int64), row_step, stream=philox.ORDER)
         score = torch.where(temperature > 0, score / temperature - noise, score)
-    order = score.argsort(stable=True)
-    if quota.shape[0] > 1:
+    order, rank = score.argsort(stable=True), row
+    if segment is not None:
         order = order.index_select(0, segment.index_select(0, order).argsort(stable=True))
-    rank = row - segment_start_loc.index_select(0, segment)
+        rank = row - of_row(segment_start_loc[:-1])
 
     count = quota
     if threshold is not None:
-        above = (confidence > threshold.index_select(0, segment)).to(torch.int32)
-        count = count.maximum(torch.zeros_like(quota).index_add_(0, segment, above))
+        above = (confidence > of_row(threshold)).to(torch.int32)
+        above = above.sum(0, keepdim=True) if segment is None else torch.zeros_like(quota).index_add_(0, segment, above)
+        count = count.maximum(above.to(torch.int32))
     if factor is not None:
-        fails = (rank > 0) & ~(confidence[order] >= 1 - factor[segment] / (rank + 2))
-        prefix = length.to(rank.dtype).scatter_reduce(0, segment, torch.where(fails, rank, rows), "amin")
+        fails = (rank > 0) & ~(confidence[order] >= 1 - of_row(factor) / (rank + 2))
+        first_failure = torch.where(fails, rank, rows)
+        segments = torch.zeros_like(row) if segment is None else segment
+        prefix = length.to(rank.dtype).scatter_reduce(0, segments, first_failure, "amin")
         count = count.maximum(torch.where(factor > 0, prefix, 0).to(torch.int32))
     count = count.clamp(min=0).minimum(length)
     torch.sub(length, count, out=result.remaining)
 
-    taken = torch.empty(rows, dtype=torch.bool, device=order.device)
-    taken.scatter_(0, order, rank < count.index_select(0, segment))
-    request = segment if request_start_loc is None else torch.bucketize(segment, request_start_loc[1:], right=True)
-    cell = slot.to(torch.int64).index_select(0, request) * max_canvas + row_position
+    taken = order.masked_select(rank < of_row(count))
+    row_slot = slot
+    if segment is not None:
+        request = segment if request_start_loc is None else torch.bucketize(segment, request_start_loc[1:], right=True)
+        row_slot = slot.index_select(0, request.index_select(0, taken))
+    cell = row_slot.to(torch.int64) * max_canvas + row_position.index_select(0, taken)
     tokens = canvas_tokens.view(-1)
-    tokens.put_(cell, torch.where(taken, token.to(tokens.dtype), tokens.take(cell)))
-    canvas_masked.view(-1).put_(cell, ~taken)
+    tokens.index_copy_(0, cell, token.index_select(0, taken).to(tokens.dtype))
+    canvas_masked.view(-1).index_fill_(0, cell, False)
 
     column = torch.arange(max_canvas, device=slot.device, dtype=torch.int32)
     open_column = canvas_masked.index_select(0, slot) & (column >= final_prefix[:, None])
     torch.amin(torch.where(open_column, column, max_canvas), 1, out=result.final_prefix)
+    if eos_token_id is None:
+        result.first_eos.fill_(-1)
+        return
     is_eos = canvas_tokens.index_select(0, slot) == eos_token_id[:, None]
     is_eos &= column < result.final_prefix[:, None]
     torch.amin(torch.where(is_eos, column, max_canvas), 1, out=result.first_eos)
@@ -211,7 +225,7 @@ def unmask_triton(
     seed: Tensor | None,
     step: Tensor | None,
     final_prefix: Tensor,
-    eos_token_id: Tensor,
+    eos_token_id: Tensor | None,
     result: Unmasked,
 ) -> None:
     """One launch, one program a request."""
@@ -296,7 +310,9 @@ def _unmask_kernel(
         first = tl.where(open_column < max_canvas, max_canvas, first + COLUMNS)
     tl.store(new_final_prefix_ptr + request, open_column)
 
-    eos = tl.load(eos_token_id_ptr + request)
+    eos = tl.full((), -1, tl.int32)
+    if eos_token_id_ptr is not None:
+        eos = tl.load(eos_token_id_ptr + request)
     eos_column = open_column
     first = 0
     while first < open_column:

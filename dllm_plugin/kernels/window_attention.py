@@ -22,13 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm_plugin.kernels.dispatch import HAS_TRITON, num_multiprocessors, tl, triton, use_triton
+from dllm_plugin.kernels.dispatch import HAS_TRITON, device_generation, num_multiprocessors, tl, triton, use_triton
 
 if HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
+else:
+    TensorDescriptor = None
 
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
-_GATHER_BYTES = 4 << 20  # keys and values gathered at a time: what the second-level cache holds
+_GATHER_BYTES = 1 << 20  # keys and values gathered at a time: they stay in the cache until they are used
 
 
 def window_attention(
@@ -218,10 +220,10 @@ def _check_heads(
             "query must be [tokens, num_heads, head_size], and key and value of one shape with the same head_size, got "
             f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
         )
-    if query.shape[2] not in HEAD_SIZES or query.shape[1] % num_kv_heads:
+    if query.shape[1] % num_kv_heads or (use_triton(query.device.type) and query.shape[2] not in HEAD_SIZES):
         raise ValueError(
-            f"head_size must be one of {HEAD_SIZES} and num_heads a multiple of num_kv_heads, got head_size "
-            f"{query.shape[2]}, num_heads {query.shape[1]}, num_kv_heads {num_kv_heads}"
+            f"num_heads must be a multiple of num_kv_heads, and head_size one of {HEAD_SIZES} for the Triton kernels, got "
+            f"head_size {query.shape[2]}, num_heads {query.shape[1]}, num_kv_heads {num_kv_heads}"
         )
     if query.stride(2) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1:
         raise ValueError(
@@ -260,16 +262,21 @@ class Tiling:
     num_stages: int
 
 
-def choose_tiling(head_size: int, dtype: torch.dtype, rows: int, paged: bool) -> Tiling:
-    """The tiling for requests of up to `rows` (token, head) pairs. Measured on an H200; docs/kernels.md has the table."""
+def choose_tiling(head_size: int, dtype: torch.dtype, rows: int, paged: bool, generation: int) -> Tiling:
+    """The tiling for requests of up to `rows` (token, head) pairs. Measured on an H200 (generation 9) up to head size 128,
+    see docs/kernels.md; elsewhere what fits the registers."""
     wide = head_size > 128
     if dtype.itemsize > 2:  # three tf32 products stand for one of fp32: small tiles, or registers spill
-        return Tiling(16, 16 if wide else 32, 8 if wide else 4, 2)
+        return Tiling(16, 16, 8, 2) if wide else Tiling(16, 32, 4, 2)
+    if wide:
+        return Tiling(16 if rows <= 16 else 32 if rows <= 32 or generation < 9 else 64, 32, 8, 2)
+    if generation < 9:
+        return Tiling(16 if rows <= 16 else 32, 64, 4, 2) if rows <= 32 else Tiling(64, 32, 4, 2)
     if rows <= 32:
-        return Tiling(16 if rows <= 16 else 32, 64 if wide else 128, 4, 2)
-    if rows <= 64 or wide or not paged:  # two programs of four warps overlap better than one of eight
-        return Tiling(64, 32 if wide else 64, 4, 2 if wide else 3)
-    return Tiling(128, 128, 8, 2)
+        return Tiling(16 if rows <= 16 else 32, 128, 4, 2)
+    if rows <= 64 or not paged:  # two programs of four warps overlap better than one of eight
+        return Tiling(64, 64, 4, 3)
+    return Tiling(128, 128, 8, 2) if generation == 9 else Tiling(128, 64, 8, 2)
 
 
 def window_attention_triton(
@@ -335,7 +342,8 @@ def _launch(
     if tokens == 0 or num_reqs == 0:
         return out
     group = num_heads // num_kv_heads
-    tiling = tiling or choose_tiling(head_size, query.dtype, max_query_len * group, page_size > 0)
+    generation = device_generation(query.device)
+    tiling = tiling or choose_tiling(head_size, query.dtype, max_query_len * group, page_size > 0, generation)
     rows = max(tiling.rows, triton.next_power_of_2(group))
     tokens_per_tile = rows // group
     num_tiles = tokens // tokens_per_tile + num_reqs  # at least as many as there are, whatever the lengths
@@ -347,7 +355,7 @@ def _launch(
         partial = query.new_empty((num_splits, tokens, num_heads, head_size), dtype=torch.float32)
         lse = query.new_empty((num_splits, tokens, num_heads), dtype=torch.float32)
     block_d = triton.next_power_of_2(head_size)
-    descriptors = page_size == 0 and _describable(key) and _describable(value)
+    descriptors = generation >= 9 and page_size == 0 and _describable(key) and _describable(value)
     if descriptors:
         key, value = (_describe(tensor, [tiling.keys, block_d]) for tensor in (key, value))
     _attention_kernel[(num_tiles, num_kv_heads, num_splits)](
@@ -372,7 +380,7 @@ def _describable(tensor: Tensor) -> bool:
     return tensor.stride(1) == tensor.shape[2] and tensor.stride(0) * itemsize % 16 == 0 and tensor.data_ptr() % 16 == 0
 
 
-def _describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+def _describe(tensor: Tensor, block: list[int]) -> "TensorDescriptor":
     tokens, heads, head_size = tensor.shape
     return TensorDescriptor(tensor, [tokens, heads * head_size], [tensor.stride(0), 1], block)
 

@@ -113,7 +113,7 @@ class DiffusionModelRunner(AdapterMixin):
         ``u + (scale + 1)(c - u)``, in the model's dtype (ML-GSAI/LLaDA:generate.py).
         """
         source, request = batch.row_token[rows], batch.row_request[rows]
-        logits = self.model.compute_logits(hidden_states[source])
+        logits = self.model.compute_logits(hidden_states.index_select(0, source))
         if (guidance := batch.layout.guidance) is not None:
             unconditional = self.model.compute_logits(hidden_states[source - guidance.distance[request]])
             scale = self.state.guidance[batch.slots[request]][:, None].to(logits.dtype)
@@ -190,7 +190,7 @@ class DiffusionModelRunner(AdapterMixin):
             seed=state.seed[batch.slots[block_request]] if random_order else None,
             step=batch.step[block_request].long() if random_order else None,
             final_prefix=batch.final_prefix,
-            eos_token_id=torch.full_like(batch.final_prefix, -1),  # vLLM's scheduler looks for the end of a response
+            eos_token_id=None,  # vLLM's scheduler looks for the end of a response
         )
 
     def collect(self, batch: StepBatch, windows: dict[str, Window], unmasked: Unmasked) -> DiffusionModelRunnerOutput:

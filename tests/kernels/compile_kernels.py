@@ -18,13 +18,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from dllm_plugin.kernels.confidence import confidence_triton
-from dllm_plugin.kernels.shard_statistics import shard_entropy, shard_statistics  # noqa: F401
+from dllm_plugin.kernels.confidence import confidence_triton, launch_statistics
 from dllm_plugin.kernels.store_kv import split_kv_cache, store_kv_triton
 from dllm_plugin.kernels.unmask import Unmasked, unmask_triton
 from dllm_plugin.kernels.window_attention import HEAD_SIZES, full_attention_triton, window_attention_triton
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 class OfflineDriver:
@@ -72,6 +69,11 @@ def confidence(dtype: torch.dtype, vocab: int, sampled: bool, statistics: bool) 
     confidence_triton(logits, ids, ids if statistics else None, *drawn, statistics, statistics, statistics)
 
 
+def shard() -> None:
+    logits = torch.zeros(2, 1000, dtype=torch.bfloat16)
+    launch_statistics(logits, 1001, None, None, None, None, (None,) * 3, True, None, keep=True)
+
+
 def unmask(policies: bool) -> None:
     tokens, masked = torch.zeros(2, 64, dtype=torch.int32), torch.ones(2, 64, dtype=torch.bool)
     row = torch.zeros(4, dtype=torch.int64)
@@ -90,20 +92,25 @@ def store(dtype: torch.dtype, head_size: int) -> None:
     store_kv_triton(key, key, *caches, torch.zeros(3, dtype=torch.int64))
 
 
-def configurations() -> Iterator[tuple[str, Callable, tuple]]:
-    for head_size in HEAD_SIZES:
-        for dtype in (torch.bfloat16, torch.float32):
-            for rows in (16, 32, 64, 128):
-                for paged in (True, False):
-                    yield "attention", attention, (head_size, dtype, rows, paged, 1)
+def configurations(capability: int) -> Iterator[tuple[str, Callable, tuple]]:
+    """Every configuration for sm_90; for the others the shapes between which the rest lie."""
+    every = capability == 90
+    for head_size in HEAD_SIZES if every else (64, 80, 256):
+        if head_size == 96:
+            continue  # the blocks of head size 80
+        for rows in (16, 32, 64, 128) if every else (32, 128):
+            for paged in (True, False):
+                yield "attention", attention, (head_size, torch.bfloat16, rows, paged, 1)
+        for paged in (True, False):
+            yield "attention, fp32", attention, (head_size, torch.float32, 64, paged, 1)
     yield "attention, grouped heads", attention, (128, torch.bfloat16, 7 * 32, True, 1, 7)
     yield "attention, split", attention, (128, torch.bfloat16, 32, True, 4)
     yield "attention, fp16", attention, (128, torch.float16, 128, False, 1)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32):
         for vocab in (126_464, 128):
             for sampled in (False, True):
-                for statistics in (False, True):
-                    yield "confidence", confidence, (dtype, vocab, sampled, statistics)
+                yield "confidence", confidence, (dtype, vocab, sampled, vocab == 126_464)
+    yield "shard_statistics", shard, ()
     for policies in (False, True):
         yield "unmask", unmask, (policies,)
     for dtype in (torch.bfloat16, torch.float32):
@@ -123,6 +130,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def main(capability: int, only: str = "") -> None:
     driver.set_active(OfflineDriver(capability))
+    sys.modules[window_attention_triton.__module__].device_generation = lambda device: capability // 10
     run, compiled = JITFunction.run, []
 
     def compile_only(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:
@@ -130,7 +138,7 @@ def main(capability: int, only: str = "") -> None:
 
     JITFunction.run = compile_only
     seen = set()
-    for name, launch, arguments in configurations():
+    for name, launch, arguments in configurations(capability):
         if only not in name:
             continue
         launch(*arguments)

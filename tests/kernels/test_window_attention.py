@@ -1,5 +1,7 @@
 """Both attention operations against float64 with the visibility rule written out, on pages in any order."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from dllm_plugin.kernels import full_attention, split_kv_cache, store_kv, window_attention
 from dllm_plugin.kernels.window_attention import (
+    HEAD_SIZES,
     Tiling,
     choose_splits,
     choose_tiling,
@@ -282,11 +285,22 @@ def test_the_number_of_splits_fills_the_device():
     assert choose_splits(1, 4096, cpu) == 4 and choose_splits(100, 4096, cpu) == 1
 
 
-def test_every_tiling_is_a_power_of_two():
-    for head_size in (32, 64, 80, 96, 128, 256):
+@pytest.mark.parametrize("generation", [8, 9, 10])
+def test_every_tiling_is_a_power_of_two(generation):
+    for head_size in HEAD_SIZES:
         for rows in (1, 16, 17, 32, 64, 65, 5000):
-            tiling = choose_tiling(head_size, torch.bfloat16, rows, True)
-            assert tiling.rows & (tiling.rows - 1) == 0 and tiling.keys & (tiling.keys - 1) == 0
+            for paged in (True, False):
+                tiling = choose_tiling(head_size, torch.bfloat16, rows, paged, generation)
+                assert tiling.rows & (tiling.rows - 1) == 0 and tiling.keys & (tiling.keys - 1) == 0
+                assert tiling.rows == 16 or tiling.rows < 2 * rows
+
+
+def test_pointers_do_where_there_are_no_descriptors(monkeypatch):
+    monkeypatch.setattr(sys.modules[choose_tiling.__module__], "device_generation", lambda device: 8)
+    inputs = sequences([40, 7])
+    out = torch.full(inputs[0].shape, float("nan"))
+    full_attention_triton(*inputs, torch.tensor([0, 40, 47], dtype=torch.int32), 40, 0.125, out)
+    check_full(out, *inputs, [40, 7])
 
 
 @pytest.mark.parametrize(
