@@ -1,0 +1,86 @@
+"""LoRA adapters in PEFT format: several and none in one batch equal the merged checkpoints, by the reference decoder."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from reference import checkpoints, d2f, llada, model
+from safetensors.torch import load_file, save_file
+from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
+
+RANK, ALPHA = 8, 16
+# those that D2F trains, and one of the MLP
+TARGETS = {
+    "llada": ("q_proj", "k_proj", "v_proj", "attn_out", "ff_out"),
+    "dream": ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"),
+}
+PROMPTS = [[11, 12, 13], [20, 21], [30] * 5, [40, 41, 42, 43], [50], [51, 9]]
+ADAPTERS = [0, 1, 2, 1, 0, 2]  # 0: none
+
+
+def write_adapter(family: str, base: Path, folder: Path, seed: int) -> Path:
+    """A random adapter in ``folder``; returns the folder of the checkpoint it makes when merged."""
+    weights = load_file(base / "model.safetensors")
+    generator = torch.Generator().manual_seed(seed)
+    adapter, merged = {}, dict(weights)
+    for name, weight in weights.items():
+        module = name.removesuffix(".weight")
+        in_a_layer = ".blocks." in name or ".layers." in name
+        if weight.dim() == 2 and in_a_layer and module.rpartition(".")[2] in TARGETS[family]:
+            a = 0.05 * torch.randn(RANK, weight.shape[1], generator=generator)
+            b = 0.05 * torch.randn(weight.shape[0], RANK, generator=generator)
+            adapter[f"base_model.model.{module}.lora_A.weight"] = a
+            adapter[f"base_model.model.{module}.lora_B.weight"] = b
+            merged[name] = weight + ALPHA / RANK * (b @ a)
+    assert adapter
+    folder.mkdir()
+    save_file(adapter, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "lora_dropout": 0.1,
+        "bias": "none",
+        "target_modules": list(TARGETS[family]),
+        "base_model_name_or_path": str(base),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    whole = folder.with_name(f"{folder.name}-merged")
+    whole.mkdir()
+    save_file(merged, whole / "model.safetensors", metadata={"format": "pt"})
+    (whole / "config.json").write_text((base / "config.json").read_text())
+    return whole
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_adapters_equal_merged_weights(engine, tmp_path_factory, family):
+    root = tmp_path_factory.mktemp(family)
+    base = checkpoints.WRITERS[family](root / "base", seed=3)
+    models = [model.load(base)] + [
+        model.load(write_adapter(family, base, root / f"adapter-{seed}", seed)) for seed in (1, 2)
+    ]
+    llm = engine(base, skip_tokenizer_init=True, enable_lora=True, max_loras=2, max_lora_rank=RANK)
+    requests = [LoRARequest(f"a{i}", i, str(root / f"adapter-{i}")) if i else None for i in ADAPTERS]
+    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+
+    def generate(extras):
+        params = SamplingParams(
+            temperature=0, max_tokens=24, ignore_eos=True, detokenize=False,
+            extra_args={f"diffusion_{name}": value for name, value in extras.items()},
+        )  # fmt: skip
+        outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=requests)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    full = generate({"remasking": "low_confidence", "block_length": 8})
+    expected = [llada.generate(models[i], p, 24, 24, 8).tokens for p, i in zip(PROMPTS, ADAPTERS, strict=True)]
+    assert full == expected
+    without = [llada.generate(models[0], p, 24, 24, 8).tokens for p in PROMPTS]
+    assert all((a == b) == (i == 0) for a, b, i in zip(full, without, ADAPTERS, strict=True))
+
+    pipelined = generate({"strategy": "d2f", "block_length": 8, "d2f_accept_threshold": 0.02})
+    for got, prompt, adapter in zip(pipelined, PROMPTS, ADAPTERS, strict=True):
+        assert got == d2f.generate(models[adapter], prompt, 24, block_length=8, accept_threshold=0.02).tokens
+    assert llm.llm_engine.list_loras() == {1, 2}
