@@ -22,11 +22,16 @@ export OMP_NUM_THREADS ?= 1
 demo: $(READY)
 	@$(BIN)/dllm-plugin demo
 
-# The kernel tests have a process of their own, because triton reads TRITON_INTERPRET when it is imported.
+# A process for each file: an engine keeps its memory until its process ends, and the kernel tests need
+# TRITON_INTERPRET=1 before triton is imported.
+TEST_FILES := tests/scheduler $(sort $(wildcard tests/test_*.py))
+
 test: $(READY)
 	@status=0; \
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels || status=1; \
-	$(BIN)/python -m pytest -q tests --ignore=tests/kernels || status=1; \
+	for file in $(TEST_FILES); do \
+		echo "$$file"; $(BIN)/python -m pytest -q $$file || status=1; \
+	done; \
 	exit $$status
 
 check: $(READY)

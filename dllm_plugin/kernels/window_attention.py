@@ -266,10 +266,10 @@ def choose_tiling(head_size: int, dtype: torch.dtype, rows: int, paged: bool, ge
     """The tiling for requests of up to `rows` (token, head) pairs. Measured on an H200 (generation 9) up to head size 128,
     see docs/kernels.md; elsewhere what fits the registers."""
     wide = head_size > 128
-    if dtype.itemsize > 2:  # three tf32 products stand for one of fp32: small tiles, or registers spill
-        return Tiling(16, 16, 8, 2) if wide else Tiling(16, 32, 4, 2)
+    if dtype.itemsize > 2:  # see PRECISION in the kernel: small tiles, or registers spill
+        return Tiling(16, 16 if wide else 32, 4, 2)
     if wide:
-        return Tiling(16 if rows <= 16 else 32 if rows <= 32 or generation < 9 else 64, 32, 8, 2)
+        return Tiling(16 if rows <= 16 else 32 if rows <= 32 else 64, 32, 8, 2 if generation >= 9 else 1)
     if generation < 9:
         return Tiling(16 if rows <= 16 else 32, 64, 4, 2) if rows <= 32 else Tiling(64, 32, 4, 2)
     if rows <= 32:
@@ -355,7 +355,7 @@ def _launch(
         partial = query.new_empty((num_splits, tokens, num_heads, head_size), dtype=torch.float32)
         lse = query.new_empty((num_splits, tokens, num_heads), dtype=torch.float32)
     block_d = triton.next_power_of_2(head_size)
-    descriptors = generation >= 9 and page_size == 0 and _describable(key) and _describable(value)
+    descriptors = generation >= 9 and page_size == 0 and all(_describable(tensor) for tensor in (key, value))
     if descriptors:
         key, value = (_describe(tensor, [tiling.keys, block_d]) for tensor in (key, value))
     _attention_kernel[(num_tiles, num_kv_heads, num_splits)](
@@ -501,6 +501,8 @@ def _attend_block(
     DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax. MASKED: some rows do not see all of these keys, and some keys may not exist."""
+    # For fp32 inputs only. Three tf32 products keep nearly all digits; at head size 256 they spill, multiply-adds do not.
+    PRECISION: tl.constexpr = "tf32x3" if BLOCK_D <= 128 else "ieee"
     key = key_start + tl.arange(0, KEYS)
     if PAGE_SIZE > 0:
         page = tl.load(table + key // PAGE_SIZE, mask=(key < high) if MASKED else None, other=0 if MASKED else None)
@@ -511,8 +513,7 @@ def _attend_block(
         k_source, place, within, key < high, begin + key_start, kv_head, k_stride_page, k_stride_token,
         HEAD_SIZE, BLOCK_D, DESCRIPTORS, MASKED,
     )  # fmt: skip
-    # fp32 inputs keep nearly all their digits; on 16-bit inputs the precision says nothing.
-    scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         scores = tl.where(key[None, :] < limit[:, None], scores, float("-inf"))
     new_highest = tl.maximum(highest, tl.max(scores, 1) * scale_log2e)
@@ -526,7 +527,7 @@ def _attend_block(
         v_source, place, within, key < high, begin + key_start, kv_head, v_stride_page, v_stride_token,
         HEAD_SIZE, BLOCK_D, DESCRIPTORS, MASKED,
     )  # fmt: skip
-    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="tf32x3")
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return new_highest, total, acc
 
 

@@ -307,7 +307,7 @@ def test_pointers_do_where_there_are_no_descriptors(monkeypatch):
     ("change", "message"),
     [
         ({"query": torch.zeros(8, 4, 48)}, "same head_size"),
-        ({"query": torch.zeros(8, 3, 64)}, "num_heads a multiple of num_kv_heads"),
+        ({"query": torch.zeros(8, 3, 64)}, "num_heads must be a multiple of num_kv_heads"),
         ({"query": torch.zeros(8, 4, 64, dtype=torch.float16)}, "share a dtype"),
         ({"query": torch.zeros(8, 4, 128)[..., ::2]}, "contiguous last dimension"),
         ({"block_table": torch.zeros(2, 3, dtype=torch.int32)}, r"block_table \[1, max_pages\]"),
