@@ -27,7 +27,7 @@ def filter_top_k_top_p(
     padded with -1; each may be None.
     """
     x = logits.to(torch.float32, copy=True)
-    rows, vocab = x.shape
+    vocab = x.shape[1]
     if temperature is not None:
         x.div_(torch.where(temperature > 0, temperature, 1.0)[:, None])
     if top_p is None and top_k is None:

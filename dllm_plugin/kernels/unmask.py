@@ -58,9 +58,10 @@ def unmask(
     """Writes tokens into `canvas_tokens` and clears `canvas_masked`, both [max_slots, max_canvas], in place.
 
     A request is [num_requests]: `slot` (its row of the canvas), `final_prefix` (columns already known to be final) and
-    `eos_token_id` (-1, or None for all: none). Its segments are `request_start_loc` [num_requests + 1]; None: one each. A segment is
-    [num_segments]: `quota`, `threshold`, `factor`, `alg_temp`, `seed`, `step`; its rows are `segment_start_loc`
-    [num_segments + 1]. A row is [rows]: `row_position` (its column), `token`, fp32 `confidence`. Slots are distinct.
+    `eos_token_id` (-1, or None for all: none). Its segments are `request_start_loc` [num_requests + 1]; None: one each.
+    A segment is [num_segments]: `quota`, `threshold`, `factor`, `alg_temp`, `seed`, `step`; its rows are
+    `segment_start_loc` [num_segments + 1]. A row is [rows]: `row_position` (its column), `token`, fp32 `confidence`.
+    Slots are distinct.
 
     Columns past the end of a shorter canvas are not special: the caller keeps them masked or cuts `final_prefix` itself.
     """
@@ -126,8 +127,8 @@ def unmask_reference(
     rows, max_canvas, num_segments = confidence.shape[0], canvas_masked.shape[1], quota.shape[0]
     length = segment_start_loc.diff()
     row = torch.arange(rows, device=confidence.device)
-    segment = None  # where there is one segment, every row is its
-    if num_segments > 1:
+    segment = None  # where there is one segment of one request, every row is its
+    if num_segments > 1 or slot.shape[0] > 1:
         segment = torch.bucketize(row, segment_start_loc[1:], right=True)
 
     def of_row(per_segment: Tensor) -> Tensor:

@@ -375,9 +375,9 @@ def _launch(
 
 
 def _describable(tensor: Tensor) -> bool:
-    """Whether [tokens, heads, head_size] is a matrix that the copy engine can read: 16-byte rows of contiguous heads."""
-    itemsize = tensor.element_size()
-    return tensor.stride(1) == tensor.shape[2] and tensor.stride(0) * itemsize % 16 == 0 and tensor.data_ptr() % 16 == 0
+    """Whether [tokens, heads, head_size] is a 16-bit matrix as the copy engine reads one: contiguous heads, 16-byte rows."""
+    contiguous_heads = tensor.element_size() == 2 and tensor.stride(1) == tensor.shape[2]
+    return contiguous_heads and tensor.stride(0) % 8 == 0 and tensor.data_ptr() % 16 == 0
 
 
 def _describe(tensor: Tensor, block: list[int]) -> "TensorDescriptor":
