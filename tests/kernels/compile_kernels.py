@@ -92,13 +92,9 @@ def store(dtype: torch.dtype, head_size: int) -> None:
     store_kv_triton(key, key, *caches, torch.zeros(3, dtype=torch.int64))
 
 
-def configurations(capability: int) -> Iterator[tuple[str, Callable, tuple]]:
-    """Every configuration for sm_90; for the others the shapes between which the rest lie."""
-    every = capability == 90
-    for head_size in HEAD_SIZES if every else (64, 80, 256):
-        if head_size == 96:
-            continue  # the blocks of head size 80
-        for rows in (16, 32, 64, 128) if every else (32, 128):
+def configurations() -> Iterator[tuple[str, Callable, tuple]]:
+    for head_size in HEAD_SIZES:
+        for rows in (16, 32, 64, 128):
             for paged in (True, False):
                 yield "attention", attention, (head_size, torch.bfloat16, rows, paged, 1)
         for paged in (True, False):
@@ -138,7 +134,7 @@ def main(capability: int, only: str = "") -> None:
 
     JITFunction.run = compile_only
     seen = set()
-    for name, launch, arguments in configurations(capability):
+    for name, launch, arguments in configurations():
         if only not in name:
             continue
         launch(*arguments)

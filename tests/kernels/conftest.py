@@ -10,11 +10,11 @@ if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
     raise RuntimeError("triton is imported already and cannot be interpreted; run pytest tests/kernels by itself")
 os.environ["TRITON_INTERPRET"] = "1"
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import pytest
+import torch
+from hypothesis import settings
 
-from dllm_plugin.kernels import dispatch  # noqa: E402
+from dllm_plugin.kernels import dispatch
 
 settings.register_profile("kernels", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("kernels")

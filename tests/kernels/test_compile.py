@@ -15,11 +15,7 @@ KERNELS = {"_attention_kernel", "_combine_kernel", "_part_kernel", "_merge_kerne
            "_store_kv_kernel"}  # fmt: skip
 
 
-# Not reached yet: a configuration for sm_90 still spills, and sm_100 was not compiled since; see the kernels' issue.
-OPEN = pytest.mark.xfail(reason="a kernel configuration still spills registers on this target")
-
-
-@pytest.mark.parametrize("capability", [80, pytest.param(90, marks=OPEN), pytest.param(100, marks=OPEN)])
+@pytest.mark.parametrize("capability", TARGETS, ids="sm_{}".format)
 def test_compiles_without_spills(capability, tmp_path):
     # A process of its own: here Triton interprets.
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

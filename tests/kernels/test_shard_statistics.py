@@ -1,5 +1,7 @@
 """Statistics of vocabulary shards merge to those of the whole row."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ def test_merge(implementation, bounds, sampled):
         options |= {"seed": row * 10**10, "position": row, "step": row}
     whole = confidence(logits, **mass, **options, log_probability=True, margin=True, entropy=True)
 
-    shards = [(first, logits[:, first:last]) for first, last in zip(bounds, bounds[1:], strict=False)]
+    shards = [(first, logits[:, first:last]) for first, last in pairwise(bounds)]
     statistics = torch.stack(
         [shard_statistics(shard, vocab_start=first, **mass, **options, margin=True) for first, shard in shards]
     )

@@ -230,7 +230,7 @@ def test_full_attention_head_sizes(implementation, head_size):
 
 
 def test_full_attention_of_values_that_no_descriptor_describes(implementation):
-    query, key, value = sequences([20, 40])
+    query, key, _ = sequences([20, 40])
     apart = torch.randn(60, 4, 128)[:, ::2, :64]  # heads are not neighbours
     check_full(run_full(query, key, apart, [20, 40]), query, key, apart, [20, 40])
 
