@@ -137,7 +137,7 @@ def main() -> None:
     for batch in (1, 8, 32):
         step = Step(model, batch)
         remaining = step()[:batch]
-        if not (0 <= int(remaining.min()) and int(remaining.max()) < BLOCK):
+        if not (int(remaining.min()) >= 0 and int(remaining.max()) < BLOCK):
             raise AssertionError(
                 f"a step must unmask at least one position of every request, left {remaining.tolist()}"
             )
