@@ -22,17 +22,19 @@ export OMP_NUM_THREADS ?= 1
 demo: $(READY)
 	@$(BIN)/dllm-plugin demo
 
-# A process for each file: an engine keeps its memory until its process ends, and the kernel tests need
-# TRITON_INTERPRET=1 before triton is imported.
-TEST_FILES := tests/scheduler $(sort $(wildcard tests/test_*.py))
+# A process for each file, as many side by side as there are cores: an engine keeps its memory until its process ends, and
+# the kernel tests need TRITON_INTERPRET=1 before triton is imported. The long ones come first.
+JOBS ?= $(shell nproc)
+TEST_FILES := $(wildcard tests/kernels/test_*.py tests/scheduler/test_*.py tests/test_*.py)
+LONG := $(addprefix tests/,test_strategies.py test_parity.py kernels/test_compile.py test_server.py test_reference.py)
+TESTS := $(addprefix run-,$(LONG) $(filter-out $(LONG),$(TEST_FILES)))
 
 test: $(READY)
-	@status=0; \
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels || status=1; \
-	for file in $(TEST_FILES); do \
-		echo "$$file"; $(BIN)/python -m pytest -q $$file || status=1; \
-	done; \
-	exit $$status
+	@$(MAKE) --no-print-directory --keep-going --jobs $(JOBS) --output-sync=target $(TESTS)
+
+.PHONY: $(TESTS)
+$(TESTS): run-%:
+	@echo "$*"; $(BIN)/python -m pytest -q $*
 
 check: $(READY)
 	@$(BIN)/ruff check .
