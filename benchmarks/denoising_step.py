@@ -95,7 +95,7 @@ class Step:
         self.policy = {
             "slot": int32(list(range(batch)), "cuda"),
             "segment_start_loc": self.window["query_start_loc"],
-            "row_position": int32(list(range(BLOCK)) * batch, "cuda"),
+            "row_cell": torch.arange(tokens, device="cuda"),
             "quota": int32([1] * batch, "cuda"),
             "threshold": torch.full((batch,), 0.9, device="cuda"),
             "final_prefix": int32([0] * batch, "cuda"),

@@ -397,11 +397,11 @@ def unmask_inputs(requests: int, length: int, canvas: int, device: str) -> tuple
     masked = torch.zeros(requests, canvas, dtype=torch.bool, device=device)
     first = min(canvas // 2, canvas - length)
     masked[:, first:] = True
-    column = torch.arange(first, first + length, dtype=torch.int32, device=device)
+    cell = torch.arange(requests * canvas, device=device).view(requests, canvas)[:, first : first + length]
     return tokens, masked, {
         "slot": torch.arange(requests, dtype=torch.int32, device=device),
         "segment_start_loc": torch.arange(0, rows + 1, length, dtype=torch.int32, device=device),
-        "row_position": column.repeat(requests),
+        "row_cell": cell.reshape(-1),
         "token": torch.randint(0, 1000, (rows,), device=device),
         "confidence": torch.rand(rows, device=device),
         "quota": torch.ones(requests, dtype=torch.int32, device=device),

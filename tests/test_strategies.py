@@ -128,7 +128,8 @@ CACHES = (
     {"cache": "dual", "cache_refresh": 2},
 )
 POLICIES = ("low_confidence", "random", "sequential", "origin", "maskgit_plus", "topk_margin", "entropy")
-PARALLEL = ({"threshold": 0.5}, {"threshold": 0.2}, {"threshold": 0.05}, {"factor": 1.5}, {"factor": 3.0})
+PARALLEL = ({"threshold": 0.5}, {"threshold": 0.2}, {"threshold": 0.05}, {"factor": 1.5}, {"factor": 3.0},
+            {"threshold": 1}, {"factor": 2})  # fmt: skip  # whole numbers are numbers
 
 
 def grid(checkpoint: str, shapes: tuple, *strategies: dict[str, Any], eos: bool = False) -> list[Case]:

@@ -34,6 +34,7 @@ __all__ = [
     "INTERPRETED",
     "contiguous",
     "device_generation",
+    "iota",
     "num_multiprocessors",
     "tl",
     "triton",
@@ -81,6 +82,12 @@ def num_multiprocessors(device: torch.device) -> int:
 def device_generation(device: torch.device) -> int:
     """Major compute capability: 8 for Ampere, 9 for Hopper, 10 for Blackwell. Interpreted kernels pass for Hopper's."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+@functools.lru_cache(maxsize=64)
+def iota(size: int, device: torch.device) -> torch.Tensor:
+    """`torch.arange(size)` int64, kept: to be read only. Steps ask for the same few sizes again and again."""
+    return torch.arange(size, device=device)
 
 
 def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:

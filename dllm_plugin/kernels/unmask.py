@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dllm_plugin.kernels import philox
-from dllm_plugin.kernels.dispatch import contiguous, tl, triton, use_triton
+from dllm_plugin.kernels.dispatch import contiguous, iota, tl, triton, use_triton
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ def unmask(
     *,
     slot: Tensor,
     segment_start_loc: Tensor,
-    row_position: Tensor,
+    row_cell: Tensor,
     token: Tensor,
     confidence: Tensor,
     quota: Tensor,
@@ -60,8 +60,8 @@ def unmask(
     A request is [num_requests]: `slot` (its row of the canvas), `final_prefix` (columns already known to be final) and
     `eos_token_id` (-1, or None for all: none). Its segments are `request_start_loc` [num_requests + 1]; None: one each.
     A segment is [num_segments]: `quota`, `threshold`, `factor`, `alg_temp`, `seed`, `step`; its rows are
-    `segment_start_loc` [num_segments + 1]. A row is [rows]: `row_position` (its column), `token`, fp32 `confidence`.
-    Slots are distinct.
+    `segment_start_loc` [num_segments + 1]. A row is [rows]: `row_cell` (slot * max_canvas + column, int64), `token`, fp32
+    `confidence`. Slots are distinct, and no column before a `final_prefix` is masked.
 
     Columns past the end of a shorter canvas are not special: the caller keeps them masked or cuts `final_prefix` itself.
     """
@@ -87,7 +87,7 @@ def unmask(
             ("alg_temp", alg_temp, num_segments, torch.float32),
             ("seed", seed, num_segments, torch.int64),
             ("step", step, num_segments, torch.int64),
-            ("row_position", row_position, rows, None),
+            ("row_cell", row_cell, rows, torch.int64),
             ("token", token, rows, None),
             ("confidence", confidence, rows, torch.float32),
         ),
@@ -98,7 +98,7 @@ def unmask(
     if num_requests:
         run = unmask_triton if use_triton(canvas_tokens.device.type) else unmask_reference
         run(
-            canvas_tokens, canvas_masked, slot, request_start_loc, segment_start_loc, row_position, token, confidence,
+            canvas_tokens, canvas_masked, slot, request_start_loc, segment_start_loc, row_cell, token, confidence,
             quota, threshold, factor, alg_temp, seed, step, final_prefix, eos_token_id, result,
         )  # fmt: skip
     return result
@@ -110,7 +110,7 @@ def unmask_reference(
     slot: Tensor,
     request_start_loc: Tensor | None,
     segment_start_loc: Tensor,
-    row_position: Tensor,
+    row_cell: Tensor,
     token: Tensor,
     confidence: Tensor,
     quota: Tensor,
@@ -125,11 +125,11 @@ def unmask_reference(
 ) -> None:
     """The torch path: two stable sorts order all rows at once, whatever the shape of the batch."""
     rows, max_canvas, num_segments = confidence.shape[0], canvas_masked.shape[1], quota.shape[0]
-    length = segment_start_loc.diff()
-    row = torch.arange(rows, device=confidence.device)
-    segment = None  # where there is one segment of one request, every row is its
-    if num_segments > 1 or slot.shape[0] > 1:
-        segment = torch.bucketize(row, segment_start_loc[1:], right=True)
+    begin = segment_start_loc[:-1]
+    length = segment_start_loc[1:] - begin
+    row = iota(rows, confidence.device)
+    # None: every row is of the one segment
+    segment = None if num_segments == 1 else torch.repeat_interleave(length, output_size=rows)
 
     def of_row(per_segment: Tensor) -> Tensor:
         return per_segment if segment is None else per_segment.index_select(0, segment)
@@ -139,12 +139,11 @@ def unmask_reference(
     if alg_temp is not None:
         temperature = of_row(alg_temp).expand(rows)
         row_seed, row_step = of_row(seed).expand(rows), of_row(step).expand(rows)
-        noise = philox.gumbel(row_seed, row_position.to(torch.int64), row_step, stream=philox.ORDER)
+        noise = philox.gumbel(row_seed, row_cell % max_canvas, row_step, stream=philox.ORDER)
         score = torch.where(temperature > 0, score / temperature - noise, score)
-    order, rank = score.argsort(stable=True), row
+    order = score.argsort(stable=True)
     if segment is not None:
         order = order.index_select(0, segment.index_select(0, order).argsort(stable=True))
-        rank = row - of_row(segment_start_loc[:-1])
 
     count = quota
     if threshold is not None:
@@ -152,34 +151,30 @@ def unmask_reference(
         above = above.sum(0, keepdim=True) if segment is None else torch.zeros_like(quota).index_add_(0, segment, above)
         count = count.maximum(above.to(torch.int32))
     if factor is not None:
+        rank = row - of_row(begin)
         fails = (rank > 0) & ~(confidence[order] >= 1 - of_row(factor) / (rank + 2))
         first_failure = torch.where(fails, rank, rows)
-        segments = torch.zeros_like(row) if segment is None else segment
+        segments = torch.zeros_like(row) if segment is None else segment.long()
         prefix = length.to(rank.dtype).scatter_reduce(0, segments, first_failure, "amin")
         count = count.maximum(torch.where(factor > 0, prefix, 0).to(torch.int32))
     count = count.clamp(min=0).minimum(length)
     torch.sub(length, count, out=result.remaining)
 
-    taken = order.masked_select(rank < of_row(count))
-    row_slot = slot
-    if segment is not None:
-        request = segment if request_start_loc is None else torch.bucketize(segment, request_start_loc[1:], right=True)
-        row_slot = slot.index_select(0, request.index_select(0, taken))
-    cell = row_slot.to(torch.int64) * max_canvas + row_position.index_select(0, taken)
-    tokens = canvas_tokens.view(-1)
-    tokens.index_copy_(0, cell, token.index_select(0, taken).to(tokens.dtype))
+    taken = order.masked_select(row < of_row(begin + count))
+    cell = row_cell.index_select(0, taken)
+    canvas_tokens.view(-1).index_copy_(0, cell, token.index_select(0, taken).to(canvas_tokens.dtype))
     canvas_masked.view(-1).index_fill_(0, cell, False)
 
-    column = torch.arange(max_canvas, device=slot.device, dtype=torch.int32)
-    open_column = canvas_masked.index_select(0, slot) & (column >= final_prefix[:, None])
-    torch.amin(torch.where(open_column, column, max_canvas), 1, out=result.final_prefix)
+    column = iota(max_canvas, slot.device)
+    first_mask = torch.where(canvas_masked.index_select(0, slot), column, max_canvas).amin(1)
+    result.final_prefix.copy_(first_mask)
     if eos_token_id is None:
         result.first_eos.fill_(-1)
         return
     is_eos = canvas_tokens.index_select(0, slot) == eos_token_id[:, None]
-    is_eos &= column < result.final_prefix[:, None]
-    torch.amin(torch.where(is_eos, column, max_canvas), 1, out=result.first_eos)
-    result.first_eos.masked_fill_(result.first_eos == max_canvas, -1)
+    is_eos &= column < first_mask[:, None]
+    first_eos = torch.where(is_eos, column, max_canvas).amin(1)
+    result.first_eos.copy_(first_eos.masked_fill_(first_eos == max_canvas, -1))
 
 
 def _check(
@@ -199,14 +194,9 @@ def _check(
             f"{list(canvas_tokens.shape)} and {canvas_masked.dtype} {list(canvas_masked.shape)}"
         )
     for name, tensor, size, dtype in tensors:
-        if tensor is None:
+        if tensor is None or (tensor.shape == (size,) and tensor.dtype == dtype):
             continue
-        if (
-            tensor.dim() != 1
-            or tensor.shape[0] != size
-            or tensor.dtype != (dtype or tensor.dtype)
-            or (dtype is None and tensor.dtype.is_floating_point)
-        ):
+        if tensor.shape != (size,) or dtype is not None or tensor.dtype.is_floating_point:
             raise ValueError(f"{name} must be {dtype or 'integer'} [{size}], got {tensor.dtype} {list(tensor.shape)}")
 
 
@@ -216,7 +206,7 @@ def unmask_triton(
     slot: Tensor,
     request_start_loc: Tensor | None,
     segment_start_loc: Tensor,
-    row_position: Tensor,
+    row_cell: Tensor,
     token: Tensor,
     confidence: Tensor,
     quota: Tensor,
@@ -231,7 +221,7 @@ def unmask_triton(
 ) -> None:
     """One launch, one program a request."""
     inputs = contiguous(
-        slot, request_start_loc, segment_start_loc, row_position, token, confidence,
+        slot, request_start_loc, segment_start_loc, row_cell, token, confidence,
         quota, threshold, factor, alg_temp, seed, step, final_prefix, eos_token_id,
     )  # fmt: skip
     rank = torch.empty(confidence.shape, dtype=torch.int32, device=confidence.device)
@@ -244,7 +234,7 @@ def unmask_triton(
 
 @triton.jit
 def _unmask_kernel(
-    canvas_tokens_ptr, canvas_masked_ptr, slot_ptr, request_start_loc_ptr, segment_start_loc_ptr, row_position_ptr,
+    canvas_tokens_ptr, canvas_masked_ptr, slot_ptr, request_start_loc_ptr, segment_start_loc_ptr, row_cell_ptr,
     token_ptr, confidence_ptr, quota_ptr, threshold_ptr, factor_ptr, alg_temp_ptr, seed_ptr, step_ptr,
     final_prefix_ptr, eos_token_id_ptr,
     rank_ptr, remaining_ptr, new_final_prefix_ptr, first_eos_ptr,
@@ -267,12 +257,14 @@ def _unmask_kernel(
         prefix = end - begin
         for first in range(begin, end, BLOCK):
             row = first + tl.arange(0, BLOCK)
-            score = _score(row, end, segment, row_position_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, step_ptr, ORDER)
+            score = _score(
+                row, end, segment, canvas, row_cell_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, step_ptr, ORDER
+            )
             rank = tl.zeros([BLOCK], tl.int32)
             for other_first in range(begin, end, BLOCK):
                 other = other_first + tl.arange(0, BLOCK)
                 rival = _score(
-                    other, end, segment, row_position_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, step_ptr, ORDER
+                    other, end, segment, canvas, row_cell_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, step_ptr, ORDER
                 )
                 ahead = (rival[None, :] > score[:, None]) | (
                     (rival[None, :] == score[:, None]) & (other[None, :] < row[:, None])
@@ -296,7 +288,7 @@ def _unmask_kernel(
         for first in range(begin, end, BLOCK):  # each thread reads the ranks that it wrote
             row = first + tl.arange(0, BLOCK)
             rank = tl.load(rank_ptr + row, mask=row < end, other=count)
-            cell = canvas + tl.load(row_position_ptr + row, mask=row < end, other=0).to(tl.int64)
+            cell = tl.load(row_cell_ptr + row, mask=row < end, other=0)
             token = tl.load(token_ptr + row, mask=row < end, other=0)
             tl.store(canvas_tokens_ptr + cell, token.to(canvas_tokens_ptr.dtype.element_ty), mask=rank < count)
             tl.store(canvas_masked_ptr + cell, tl.zeros([BLOCK], tl.int1), mask=rank < count)
@@ -325,13 +317,15 @@ def _unmask_kernel(
 
 
 @triton.jit
-def _score(row, end, segment, row_position_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, step_ptr, ORDER: tl.constexpr):
+def _score(
+    row, end, segment, canvas, row_cell_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, step_ptr, ORDER: tl.constexpr
+):  # fmt: skip
     """What orders the rows of a segment, highest first: finite, with NaN below the lowest."""
     score = tl.load(confidence_ptr + row, mask=row < end, other=float("-inf"))
     if alg_temp_ptr is not None:
         temperature = tl.load(alg_temp_ptr + segment)
         if temperature > 0:
-            position = tl.load(row_position_ptr + row, mask=row < end, other=0)
+            position = tl.load(row_cell_ptr + row, mask=row < end, other=0) - canvas
             bits, _, _, _ = philox.philox_block(
                 tl.load(seed_ptr + segment), position, tl.load(step_ptr + segment), position * 0, ORDER
             )

@@ -197,8 +197,11 @@ class DiffusionScheduler(Scheduler):
         self, request: Request, num_new_tokens: int, num_new_computed_tokens: int = 0, *args: Any, **kwargs: Any
     ) -> KVCacheBlocks | None:
         """vLLM's ``allocate_slots``, reserving the whole canvas so that its later windows always have their pages."""
+        plan = self.denoising[request.request_id].plan
+        if request.status == RequestStatus.RUNNING and not plan.canvas_is_full:
+            return self.kv_cache_manager.empty_kv_cache_blocks  # reserved with the canvas
         known = request.num_computed_tokens + num_new_computed_tokens + num_new_tokens
-        kwargs["num_lookahead_tokens"] = max(0, self.denoising[request.request_id].plan.next_length - known)
+        kwargs["num_lookahead_tokens"] = max(0, plan.next_length - known)
         return self._allocate_slots(request, num_new_tokens, num_new_computed_tokens, *args, **kwargs)
 
     def _canvas(self, request: Request) -> Canvas:

@@ -239,16 +239,15 @@ class BlockwisePlan(Plan):
         if self._block == len(self._blocks):
             return None
         params, (start, end) = self.params, self._blocks[self._block]
-        quota, threshold, factor = self._pace()
-        block = ActiveBlock(start, end, self._num_masked, quota, threshold, factor)
+        block = ActiveBlock(start, end, self._num_masked, *self._pace())
         length = self.canvas_end + self.num_suffix
         refreshed = self._block_step % params.cache_refresh == 0 if params.cache_refresh else self._block_step == 0
         if params.cache == "none" or refreshed:
-            span = (0, length)
+            first, last = 0, length
         else:
-            span = (start - self.shift, length if params.cache == "prefix" else end)
-        window = Window(*span, visible=length, step=self.step, blocks=(block,), caches=params.cache != "none")
-        return self._take_all_if_last(window)
+            first, last = start - self.shift, length if params.cache == "prefix" else end
+        window = Window(first, last, length, self.step, (block,), params.cache != "none")
+        return window if params.max_steps is None else self._take_all_if_last(window)
 
     def _pace(self) -> tuple[int, float, float]:
         """Quota, threshold and factor of the present step."""

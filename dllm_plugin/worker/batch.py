@@ -21,6 +21,8 @@ class Needs:
     filters: bool
     suppression: bool
     random_order: bool
+    thresholds: bool
+    factors: bool
     pipelined: bool
 
     @classmethod
@@ -31,6 +33,8 @@ class Needs:
             filters=any(canvas.top_k > 0 or canvas.top_p < 1 for canvas in canvases),
             suppression=any(canvas.params.eos_suppression != "none" for canvas in canvases),
             random_order=any(canvas.params.alg_temp > 0 for canvas in canvases),
+            thresholds=any(block.threshold < np.inf for window in windows for block in window.blocks),
+            factors=any(block.factor > 0 for window in windows for block in window.blocks),
             pipelined=any(window.block_length for window in windows),
         )
 
@@ -69,18 +73,23 @@ class Layout:
     window_length: np.ndarray  # [windows] on the host
     windows: WindowBatch
     slots: torch.Tensor  # [requests]
+    first_cells: torch.Tensor  # [requests], where each begins in the flattened store
     token_index: torch.Tensor  # [tokens], into the flattened store
     positions: torch.Tensor  # [tokens], in the sequence
-    place_index: torch.Tensor  # [places], into the flattened store
-    places: torch.Tensor  # [3, places]: the token whose logits predict it, its position in the sequence, its request
+    # [4, places]: index in the flattened store, the token whose logits predict it, position in the sequence, request
+    places: torch.Tensor
     block_request: torch.Tensor  # [blocks]
     request_start_loc: torch.Tensor | None  # [requests + 1] int32, blocks of a request; None: one each
     guidance: Guidance | None
     needs: Needs
 
     @property
+    def place_index(self) -> torch.Tensor:
+        return self.places[0]
+
+    @property
     def place_request(self) -> torch.Tensor:
-        return self.places[2]
+        return self.places[3]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +97,11 @@ class StepBatch:
     """A layout with what changes from step to step. Rows are the places still masked; only they get logits."""
 
     layout: Layout
-    num_rows: list[int]  # of each request
+    windows: list[Window]  # of each request
     max_emitted: int  # no final prefix can have grown by more
     # on the device
-    input_ids: torch.Tensor  # [tokens] int32
+    input_ids: torch.Tensor  # [tokens] int64
+    row_cell: torch.Tensor  # [rows] int64, index in the flattened store
     row_token: torch.Tensor  # [rows] int64
     row_position: torch.Tensor  # [rows] int64
     row_request: torch.Tensor  # [rows] int64
@@ -130,36 +140,36 @@ class BatchBuilder:
         requests = [store.requests[request_id] for request_id in layout.request_ids]
         steps = [windows[request_id] for request_id in layout.request_ids]
         blocks = [block for window in steps for block in window.blocks]
-        masks = [block.num_masked for block in blocks]
-        (numbers,) = to_device(
+        row_loc = [*accumulate([block.num_masked for block in blocks], initial=0)]
+        # pinned positions, and blocks filled before the one in front of them, become final together with it
+        growth = [
+            (r.canvas_end if r.has_pinned or w.block_length else w.blocks[-1].end) - r.final_prefix
+            for r, w in zip(requests, steps, strict=True)
+        ]
+        step, final_prefix, quota, row_start_loc = to_device(
             store.device,
-            [
-                *(window.step for window in steps),
-                *(request.final_prefix for request in requests),
-                *(block.quota for block in blocks),
-                *accumulate(masks, initial=0),
-            ],
+            [window.step for window in steps],
+            [request.final_prefix for request in requests],
+            [block.quota for block in blocks],
+            row_loc,
+            dtype=torch.int32,
         )
-        sizes = (len(steps), len(steps), len(blocks), len(blocks) + 1)
-        step, final_prefix, quota, row_start_loc = numbers.int().split(sizes)
 
         # index_select: indexing with a tensor costs three times as much for the few numbers of a small step
         input_ids = store.tokens.view(-1).index_select(0, layout.token_index)
         if (guidance := layout.guidance) is not None:
             input_ids[: guidance.num_tokens].masked_fill_(guidance.hidden, store.mask_token_id)
         masked = store.masked.view(-1).index_select(0, layout.place_index)
-        row_place = torch.nonzero_static(masked, size=sum(masks)).squeeze(1)
-        row_token, row_position, row_request = layout.places.index_select(1, row_place)
-        # pinned positions, and blocks filled before the one in front of them, become final together with it
-        ends = [
-            r.canvas_end if r.has_pinned or w.block_length else w.blocks[-1].end
-            for r, w in zip(requests, steps, strict=True)
-        ]
+        row_place = torch.nonzero_static(masked, size=row_loc[-1]).view(-1)
+        row_cell, row_token, row_position, row_request = layout.places.index_select(1, row_place).unbind()
+        thresholds = [block.threshold for block in blocks] if layout.needs.thresholds else None
+        factors = [block.factor for block in blocks] if layout.needs.factors else None
         return StepBatch(
             layout=layout,
-            num_rows=[sum(block.num_masked for block in window.blocks) for window in steps],
-            max_emitted=max(0, *(end - request.final_prefix for end, request in zip(ends, requests, strict=True))),
+            windows=steps,
+            max_emitted=max(0, *growth),  # a canvas begun again has emitted more than its first block holds
             input_ids=input_ids,
+            row_cell=row_cell,
             row_token=row_token,
             row_position=row_position,
             row_request=row_request,
@@ -167,23 +177,15 @@ class BatchBuilder:
             step=step,
             final_prefix=final_prefix,
             quota=quota,
-            threshold=self._optional([block.threshold for block in blocks], np.inf),
-            factor=self._optional([block.factor for block in blocks], 0.0),
+            threshold=thresholds and torch.tensor(thresholds, dtype=torch.float32, device=store.device),
+            factor=factors and torch.tensor(factors, dtype=torch.float32, device=store.device),
         )
-
-    def _optional(self, values: list[float], off: float) -> torch.Tensor | None:
-        if all(value == off for value in values):
-            return None
-        return torch.tensor(values, dtype=torch.float32, device=self.store.device)
 
     def _lay_out(self, windows: dict[str, Window]) -> Layout:
         store = self.store
         key = (
             store.tokens.shape[1],
-            *(
-                (store.requests[i].serial, w.start, w.end, tuple((b.start, b.end) for b in w.blocks))
-                for i, w in windows.items()
-            ),
+            *((store.requests[i].serial, w.start, w.end, *[b[:2] for b in w.blocks]) for i, w in windows.items()),
         )
         if self._layout is None or self._layout.key != key:
             self._layout = self._new_layout(key, windows)
@@ -232,16 +234,17 @@ class BatchBuilder:
                 guided=distances > 0,
             )
         one_block_each = len(blocks) == num_requests
-        token_index, positions, place_index, places, slots, block_requests = to_device(
+        place_index = slot[place_request] * stride + place_position
+        token_index, positions, places, slots, first_cells, block_requests = to_device(
             device,
             np.repeat(slot[of] * stride, length) + position,
             position,
-            slot[place_request] * stride + place_position,
-            np.concatenate([ranges(first_token, block_length), place_position, place_request]),
+            np.concatenate([place_index, ranges(first_token, block_length), place_position, place_request]),
             slot,
+            slot * stride,
             block_request,
         )
-        (request_loc,) = to_device(device, start_loc([len(window.blocks) for window in steps]))
+        (request_loc,) = to_device(device, start_loc([len(window.blocks) for window in steps]), dtype=torch.int32)
         return Layout(
             key=key,
             request_ids=request_ids,
@@ -249,12 +252,12 @@ class BatchBuilder:
             window_length=length,
             windows=self._window_batch(request_ids, steps, loc, len(guided)),
             slots=slots,
+            first_cells=first_cells,
             token_index=token_index,
             positions=positions,
-            place_index=place_index,
-            places=places.view(3, -1),
+            places=places.view(4, -1),
             block_request=block_requests,
-            request_start_loc=None if one_block_each else request_loc.int(),
+            request_start_loc=None if one_block_each else request_loc,
             guidance=guidance,
             needs=Needs.of([request.canvas for request in requests], steps),
         )
@@ -268,8 +271,8 @@ class BatchBuilder:
         num_unstored = num_copies + sum(not window.caches for window in steps)
         full = paged = slot_mapping = None
         if num_full:
-            (full_loc,) = to_device(device, loc[: num_full + 1])
-            full = FullWindows(full_loc.int(), loc[: num_full + 1].tolist(), int(np.diff(loc[: num_full + 1]).max()))
+            (full_loc,) = to_device(device, loc[: num_full + 1], dtype=torch.int32)
+            full = FullWindows(full_loc, loc[: num_full + 1].tolist(), int(np.diff(loc[: num_full + 1]).max()))
         if num_unstored < num_copies + len(steps):
             tables = [np.array(self.pages[request_id]) for request_id in request_ids[num_unstored - num_copies :]]
             spans = [(window.start, window.end) for window in steps[num_unstored - num_copies :]]
@@ -296,11 +299,13 @@ class BatchBuilder:
             "prefix_len": [window.prefix_length for window in steps],
             "block_length": [window.block_length for window in steps],
         }
-        *tensors, table = to_device(self.store.device, *host.values(), block_table.ravel())
+        *tensors, table = to_device(
+            self.store.device, *map(np.array, host.values()), block_table.ravel(), dtype=torch.int32
+        )
         return PagedWindows(
-            **{name: tensor.int() for name, tensor in zip(host, tensors, strict=True)},
+            **dict(zip(host, tensors, strict=True)),
             **{f"{name}_cpu": values for name, values in host.items()},
-            block_table=table.int().view(block_table.shape),
+            block_table=table.view(block_table.shape),
             max_query_len=max(length),
             max_visible=max(host["visible"]),
         )
@@ -318,9 +323,14 @@ def ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
     return np.repeat(start - start_loc(length)[:-1], length) + np.arange(length.sum())
 
 
-def to_device(device: torch.device, *arrays: list[int] | np.ndarray) -> tuple[torch.Tensor, ...]:
-    """The arrays as int64 tensors on the device, in one copy."""
-    packed = torch.from_numpy(np.concatenate(arrays, dtype=np.int64, casting="unsafe"))
+def to_device(
+    device: torch.device, *arrays: list[int] | np.ndarray, dtype: torch.dtype = torch.int64
+) -> tuple[torch.Tensor, ...]:
+    """The arrays as integer tensors on the device, in one copy."""
+    if isinstance(arrays[0], list):  # a few numbers, for which numpy is slow
+        packed = torch.tensor([number for array in arrays for number in array], dtype=dtype)
+    else:
+        packed = torch.from_numpy(np.concatenate(arrays, dtype=np.int64, casting="unsafe")).to(dtype)
     if device.type == "cuda":
         packed = packed.pin_memory().to(device, non_blocking=True)
-    return packed.split([len(array) for array in arrays])
+    return packed.split_with_sizes([len(array) for array in arrays])

@@ -25,7 +25,7 @@ class Request:
 class CanvasStore:
     """Sequences being denoised. A slot belongs to one request from its first window until it ends or is preempted.
 
-    ``tokens`` int32 and ``masked`` bool ``[slots, length]``, both in sequence positions: the prompt first, never
+    ``tokens`` int64 and ``masked`` bool ``[slots, length]``, both in sequence positions: the prompt first, never
     masked even where it holds the mask id, then the canvas, then the suffix; what lies behind counts as masked, so that
     no final prefix reaches it. Both grow to what is asked of them. The other tensors are ``[slots]``, or ``[slots, 2]``
     lists of token ids padded with -1.
@@ -40,14 +40,14 @@ class CanvasStore:
         self.forbidden_mask = torch.tensor([[mask_token_id]], device=device)
         self._free: list[int] = []
         self._num_begun = 0
-        self.tokens = torch.empty((0, _MIN_LENGTH), dtype=torch.int32, device=device)
+        self.tokens = torch.empty((0, _MIN_LENGTH), dtype=torch.int64, device=device)
         self.masked = torch.empty((0, _MIN_LENGTH), dtype=torch.bool, device=device)
         # choice
         self.temperature = torch.empty(0, dtype=torch.float32, device=device)
         self.top_k = torch.empty(0, dtype=torch.int64, device=device)
         self.top_p = torch.empty(0, dtype=torch.float32, device=device)
         self.seed = torch.empty(0, dtype=torch.int64, device=device)
-        self.stop_at = torch.empty(0, dtype=torch.int32, device=device)
+        self.stop_at = torch.empty(0, dtype=torch.int64, device=device)
         self.no_choice = torch.empty((0, 2), dtype=torch.int64, device=device)
         self.no_mass = torch.empty((0, 2), dtype=torch.int64, device=device)
         self.guidance = torch.empty(0, dtype=torch.float32, device=device)
@@ -67,7 +67,7 @@ class CanvasStore:
             slot = self._free.pop()
         start = len(canvas.token_ids)
         end = start + len(canvas.canvas_ids)
-        sequence = torch.tensor([*canvas.token_ids, *canvas.canvas_ids, *canvas.suffix_ids], dtype=torch.int32)
+        sequence = torch.tensor([*canvas.token_ids, *canvas.canvas_ids, *canvas.suffix_ids])
         self._grow(0, len(sequence))
         masked = sequence[start:end] == HOLE
         sequence[start:end].masked_fill_(masked, self.mask_token_id)

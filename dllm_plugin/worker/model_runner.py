@@ -18,11 +18,11 @@ from dllm_plugin.attention import DiffusionAttention, FullWindows, WindowBatch
 from dllm_plugin.families import family_of
 from dllm_plugin.kernels import philox
 from dllm_plugin.kernels.confidence import Confidence, confidence
+from dllm_plugin.kernels.dispatch import iota
 from dllm_plugin.kernels.filter import filter_top_k_top_p
 from dllm_plugin.kernels.unmask import Unmasked, unmask
 from dllm_plugin.params import REMASKING_POLICIES
 from dllm_plugin.scheduler.output import DiffusionModelRunnerOutput, DiffusionSchedulerOutput
-from dllm_plugin.scheduler.window import Window
 from dllm_plugin.worker.adapters import AdapterMixin
 from dllm_plugin.worker.batch import BatchBuilder, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
@@ -57,7 +57,6 @@ class DiffusionModelRunner(AdapterMixin):
 
     # ---- one denoising step
 
-    @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, intermediate_tensors: Any = None) -> ModelRunnerOutput:
         """Run the scheduler's windows; returns the tokens that became final and how much is left masked."""
         assert isinstance(scheduler_output, DiffusionSchedulerOutput)
@@ -68,7 +67,7 @@ class DiffusionModelRunner(AdapterMixin):
         hidden_states = self.forward(batch)
         token, ranking = self.choose(hidden_states, batch)
         unmasked = self.unmask(batch, token, ranking)
-        return self.collect(batch, scheduler_output.windows, unmasked)
+        return self.collect(batch, unmasked)
 
     def update_canvases(self, scheduler_output: DiffusionSchedulerOutput) -> None:
         pages = self.batches.pages
@@ -112,9 +111,10 @@ class DiffusionModelRunner(AdapterMixin):
 
         ``u + (scale + 1)(c - u)``, in the model's dtype (ML-GSAI/LLaDA:generate.py).
         """
-        source, request = batch.row_token[rows], batch.row_request[rows]
+        source = batch.row_token[rows]
         logits = self.model.compute_logits(hidden_states.index_select(0, source))
         if (guidance := batch.layout.guidance) is not None:
+            request = batch.row_request[rows]
             unconditional = self.model.compute_logits(hidden_states[source - guidance.distance[request]])
             scale = self.state.guidance[batch.slots[request]][:, None].to(logits.dtype)
             guided = unconditional + (scale + 1) * (logits - unconditional)
@@ -180,7 +180,7 @@ class DiffusionModelRunner(AdapterMixin):
             slot=batch.slots,
             request_start_loc=batch.layout.request_start_loc,
             segment_start_loc=batch.row_start_loc,
-            row_position=batch.row_position,
+            row_cell=batch.row_cell,
             token=token,
             confidence=ranking,
             quota=batch.quota,
@@ -193,32 +193,34 @@ class DiffusionModelRunner(AdapterMixin):
             eos_token_id=None,  # vLLM's scheduler looks for the end of a response
         )
 
-    def collect(self, batch: StepBatch, windows: dict[str, Window], unmasked: Unmasked) -> DiffusionModelRunnerOutput:
+    def collect(self, batch: StepBatch, unmasked: Unmasked) -> DiffusionModelRunnerOutput:
         """Read what the host needs in one copy: masks left, and the tokens by which each final prefix grew."""
-        state, num_requests = self.state, len(batch.request_ids)
-        column = batch.final_prefix[:, None] + torch.arange(batch.max_emitted, device=self.device)
-        tail = state.tokens[batch.slots[:, None], column.clamp_(max=state.tokens.shape[1] - 1)]
-        parts = [unmasked.remaining, unmasked.final_prefix, tail.flatten()]
-        if pipelined := batch.layout.needs.pipelined:
+        state, layout, num_requests, width = self.state, batch.layout, len(batch.windows), batch.max_emitted
+        first = layout.first_cells + batch.final_prefix
+        tail = (first[:, None] + iota(width, self.device)).view(-1).clamp_(max=state.tokens.numel() - 1)
+        parts = [unmasked.remaining, unmasked.final_prefix, state.tokens.view(-1).index_select(0, tail)]
+        if layout.needs.pipelined:
             parts.append(self.eos_is_taken(batch))
         numbers = torch.cat(parts).tolist()
-        num_blocks = len(unmasked.remaining)
-        remaining, final_prefix = numbers[:num_blocks], numbers[num_blocks : num_blocks + num_requests]
-        tokens, eos_is_taken = numbers[num_blocks + num_requests :], numbers[-num_requests:]
-        sampled_token_ids, num_masked, first_block = [], {}, 0
-        for i, request_id in enumerate(batch.request_ids):
-            request, last_block = state.requests[request_id], first_block + len(windows[request_id].blocks)
-            num_masked[request_id] = remaining[first_block:last_block]
-            first_block = last_block
-            num_new = max(0, min(final_prefix[i], request.canvas_end) - request.final_prefix)
-            sampled_token_ids.append(tokens[i * batch.max_emitted :][:num_new])
+        remaining = len(unmasked.remaining)
+        final_prefix = numbers[remaining : remaining + num_requests]
+        eos_is_taken = numbers[-num_requests:] if layout.needs.pipelined else ()
+        first_block, first_token = 0, remaining + num_requests
+        sampled_token_ids, num_masked = [], {}
+        for request_id, window, prefix in zip(batch.request_ids, batch.windows, final_prefix, strict=True):
+            request = state.requests[request_id]
+            num_masked[request_id] = numbers[first_block : first_block + len(window.blocks)]
+            first_block += len(window.blocks)
+            num_new = max(0, min(prefix, request.canvas_end) - request.final_prefix)
+            sampled_token_ids.append(numbers[first_token : first_token + num_new])
+            first_token += width
             request.final_prefix += num_new
         return DiffusionModelRunnerOutput(
             req_ids=batch.request_ids,
             req_id_to_index={request_id: i for i, request_id in enumerate(batch.request_ids)},
             sampled_token_ids=sampled_token_ids,
             num_masked=num_masked,
-            eos_is_taken={i for i, taken in zip(batch.request_ids, eos_is_taken, strict=True) if taken and pipelined},
+            eos_is_taken={i for i, taken in zip(batch.request_ids, eos_is_taken, strict=False) if taken},
         )
 
     def eos_is_taken(self, batch: StepBatch) -> torch.Tensor:
@@ -279,7 +281,7 @@ class DiffusionModelRunner(AdapterMixin):
             query_start_loc_cpu=query_start_loc,
             max_query_len=length,
         )
-        input_ids = torch.full((num_tokens,), self.state.mask_token_id, dtype=torch.int32, device=self.device)
+        input_ids = torch.full((num_tokens,), self.state.mask_token_id, device=self.device)
         positions = torch.arange(num_tokens, device=self.device) % length
         with set_forward_context(WindowBatch(num_tokens, full), self.vllm_config, num_tokens=num_tokens):
             hidden_states = self.model(input_ids, positions)

@@ -81,7 +81,7 @@ def unmask(policies: bool) -> None:
     optional = (real, real, real, long, long) if policies else (None,) * 5
     summary = int32(0, 0, 0)
     unmask_triton(
-        tokens, masked, int32(0), int32(0, 1) if policies else None, int32(0, 4), row.int(), row, torch.rand(4),
+        tokens, masked, int32(0), int32(0, 1) if policies else None, int32(0, 4), row, row, torch.rand(4),
         one, *optional, one, one, Unmasked(summary, *summary.split(1)),
     )  # fmt: skip
 

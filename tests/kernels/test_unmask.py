@@ -28,12 +28,18 @@ class Batch:
             for columns, *_ in request:
                 self.masked[slot, columns] = True
         rows = [column for columns, *_ in segments for column in columns]
+        of_segment = [slot for slot, request in zip(slots, requests, strict=True) for _ in request]
+        cells = [
+            slot * canvas + column
+            for slot, (columns, *_) in zip(of_segment, segments, strict=True)
+            for column in columns
+        ]
         bounds = lambda counts: torch.tensor([0, *counts], dtype=INT32).cumsum(0).to(INT32)  # noqa: E731
         self.arguments = {
             "slot": torch.tensor(slots, dtype=INT32),
             "request_start_loc": bounds([len(request) for request in requests]),
             "segment_start_loc": bounds([len(columns) for columns, *_ in segments]),
-            "row_position": torch.tensor(rows, dtype=INT32),
+            "row_cell": torch.tensor(cells, dtype=torch.int64),
             "token": torch.tensor([100 + column for column in rows], dtype=torch.int64),
             "confidence": torch.tensor([c for _, values, *_ in segments for c in values], dtype=torch.float32),
             "quota": torch.tensor([segment[2] for segment in segments], dtype=INT32),
@@ -222,7 +228,7 @@ def test_kernel_agrees_with_reference(data):
         a = batch.arguments
         summary = torch.full((segments + 2 * len(requests),), -9, dtype=INT32)
         views = summary.split((segments, len(requests), len(requests)))
-        names = ("slot", "request_start_loc", "segment_start_loc", "row_position", "token", "confidence", "quota",
+        names = ("slot", "request_start_loc", "segment_start_loc", "row_cell", "token", "confidence", "quota",
                  "threshold", "factor", "alg_temp", "seed", "step", "final_prefix", "eos_token_id")  # fmt: skip
         run(tokens, masked, *(a.get(name) for name in names), type(batch.run()[2])(summary, *views))
         results.append((tokens, masked, summary))
