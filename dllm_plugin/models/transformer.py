@@ -281,9 +281,9 @@ class DiffusionLM(nn.Module, SupportsLoRA):
             load = getattr(parameters[target], "weight_loader", default_weight_loader)
             load(parameters[target], tensor, *(() if shard is None else (shard,)))
             loaded.add((target, shard))
-        if self.quant_config is None:  # a quantization method stores its parameters under names of its own
-            expected = {name: self.names.locate(name) for name in self.names.tensors_of(self.decoder.shape.num_layers)}
-            missing = [n for n, place in expected.items() if place[0] in parameters and place not in loaded]
-            if missing:
-                raise ValueError(f"the checkpoint lacks {len(missing)} of its tensors: {', '.join(missing[:8])}")
+        # where a quantization method stores a weight under another name, no parameter has this one
+        expected = {name: self.names.locate(name) for name in self.names.tensors_of(self.decoder.shape.num_layers)}
+        missing = [n for n, place in expected.items() if place[0] in parameters and place not in loaded]
+        if missing:
+            raise ValueError(f"the checkpoint lacks {len(missing)} of its tensors: {', '.join(missing[:8])}")
         return {f"decoder.{target}" for target, _ in loaded}
