@@ -84,3 +84,62 @@ def test_adapters_equal_merged_weights(engine, tmp_path_factory, family):
     for got, prompt, adapter in zip(pipelined, PROMPTS, ADAPTERS, strict=True):
         assert got == d2f.generate(models[adapter], prompt, 24, block_length=8, accept_threshold=0.02).tokens
     assert llm.llm_engine.list_loras() == {1, 2}
+
+
+def greedy(max_tokens, **extras):
+    return SamplingParams(
+        temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False,
+        extra_args={f"diffusion_{name}": value for name, value in extras.items()},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """A base, and it with each of two adapters: the reference models, and the requests for the adapters."""
+    root = tmp_path_factory.mktemp("adapted")
+    base = checkpoints.WRITERS["llada"](root / "base", seed=3)
+    merged = [write_adapter("llada", base, root / f"adapter-{seed}", seed) for seed in (1, 2)]
+    requests = [None, *(LoRARequest(f"a{i}", i, str(root / f"adapter-{i}")) for i in (1, 2))]
+    return base, [model.load(folder) for folder in (base, *merged)], requests
+
+
+def test_guidance_beside_adapters(engine, adapted):
+    """Guidance forwards twice the tokens and windows that vLLM's LoRA layers count on."""
+    base, models, requests = adapted
+    llm = engine(
+        base, skip_tokenizer_init=True, enable_lora=True, max_loras=1, max_lora_rank=RANK, max_num_seqs=3,
+        max_model_len=128, max_num_batched_tokens=128,
+    )  # fmt: skip
+    long, params = [11] * 90, greedy(12, cfg_scale=1.0, remasking="low_confidence")
+    for prompts, adapters in (([[11, 12, 13], [20, 21], [30]], (1, 0, 1)), ([long], (0,)), ([long], (1,))):
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False,
+            lora_request=[requests[i] for i in adapters],
+        )  # fmt: skip
+        for output, prompt, i in zip(outputs, prompts, adapters, strict=True):
+            expected = llada.generate(models[i], prompt, 12, 12, 12, cfg_scale=1.0).tokens
+            assert list(output.outputs[0].token_ids) == expected
+
+
+def test_whom_vllm_lets_pass_counts_against_the_budget(engine, adapted):
+    """With room for one adapter, a request with another waits and vLLM admits who is behind it."""
+    base, models, requests = adapted
+    llm = engine(
+        base, skip_tokenizer_init=True, enable_lora=True, max_loras=1, max_lora_rank=RANK, max_model_len=128,
+        max_num_batched_tokens=128,
+    )  # fmt: skip
+    asked = [([11] * 60, 24, 1), ([12] * 10, 8, 2), ([13] * 90, 20, 0)]  # the last does not fit beside the first
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt, _, _ in asked],
+        [greedy(tokens, remasking="low_confidence") for _, tokens, _ in asked], use_tqdm=False,
+        lora_request=[requests[i] for _, _, i in asked],
+    )  # fmt: skip
+    for output, (prompt, tokens, i) in zip(outputs, asked, strict=True):
+        assert list(output.outputs[0].token_ids) == llada.generate(models[i], prompt, tokens, tokens, tokens).tokens
+
+
+def test_the_lowest_rank(engine, adapted):
+    base, models, _ = adapted
+    llm = engine(base, skip_tokenizer_init=True, enable_lora=True, max_loras=1, max_lora_rank=1)
+    output = llm.generate([{"prompt_token_ids": [11, 12]}], greedy(6), use_tqdm=False)[0]
+    assert list(output.outputs[0].token_ids) == llada.generate(models[0], [11, 12], 6, 6, 6).tokens

@@ -15,6 +15,7 @@ from helpers import (
     Case,
     core,
     difference,
+    drive,
     engine,
     expected,
     model_runner,
@@ -181,6 +182,19 @@ def test_guidance_counts_twice_and_may_run_alone(narrow):
     steps.drain()
     assert steps.table == [("A", 5), ("BC", 6), ("D", 6)]
     check(steps, *cases)
+
+
+def test_cached_windows_count_what_they_forward(narrow):
+    """24 tokens in the first step of a request, 8 in the others: the budget is for windows, not for sequences."""
+    params = SamplingParams(
+        temperature=0, max_tokens=8, ignore_eos=True, detokenize=False,
+        extra_args={"diffusion_cache": "dual", "diffusion_block_length": 8},
+    )  # fmt: skip
+    requests = [(random_prompt(16, name), params) for name in "abcdef"]
+    together, running = drive(narrow, requests)
+    assert running[:4] == [2, 4, 5, 6]
+    alone = [drive(narrow, [request])[0][0] for request in requests]
+    assert [one.outputs[0].token_ids for one in together] == [one.outputs[0].token_ids for one in alone]
 
 
 def test_a_late_request_waits_behind_earlier_ones(narrow):

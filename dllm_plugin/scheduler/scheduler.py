@@ -1,8 +1,6 @@
 """The vLLM scheduler, with denoising windows instead of tokens to compute."""
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,6 +47,7 @@ class DiffusionScheduler(Scheduler):
         self.shift = int(family_of(self.vllm_config.model_config.architecture).shifted)
         self.denoising: dict[str, Denoising] = {}
         self._draw_seed = random.Random(self.vllm_config.model_config.seed).getrandbits
+        self._num_sharing = self._tokens_left = 0  # of the step being scheduled
         self._allocate_slots = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_canvas
 
@@ -58,19 +57,20 @@ class DiffusionScheduler(Scheduler):
                 denoising = self._begin_denoising(
                     request, parse_request(request.sampling_params.extra_args, self.defaults)
                 )
-            except ValueError as error:
+            except Exception as error:
                 # only known with prompt and model at hand; an exception here would end the engine for everyone, so
                 # the request runs a step without what is wrong and vLLM then ends it with finish_reason "error"
                 logger.warning("Request %s cannot be served: %s", request.request_id, error)
                 self.grammar_compile_error_reqs.add(request.request_id)
+                request.resumable = False
                 denoising = self._begin_denoising(request, DiffusionParams(remasking=self.defaults.remasking))
             self.denoising[request.request_id] = denoising
             request.spec_decode_metrics = RequestSpecDecodeMetrics.new(denoising.plan.next_canvas_length)
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        with self._within_token_budget():
-            output = super().schedule(throttle_prefills)
+        self._share_token_budget()
+        output = super().schedule(throttle_prefills)
         # the worker has no canvas of these: they are new, or were preempted
         begun = {data.req_id for data in output.scheduled_new_reqs} | output.scheduled_cached_reqs.resumed_req_ids
         canvases, windows = {}, {}
@@ -134,11 +134,6 @@ class DiffusionScheduler(Scheduler):
                 f"prompt, canvas and suffix must fit max_model_len {self.max_model_len}: {num_prompt} tokens of prompt "
                 f"and {len(suffix_ids)} of diffusion_suffix leave no room"
             )
-        if params.cfg_scale > 0 and request.lora_request and 2 * limit > self.max_num_scheduled_tokens:
-            raise ValueError(
-                f"diffusion_cfg_scale with a LoRA adapter forwards up to {2 * limit} tokens at once, and vLLM's "
-                f"adapters take {self.max_num_scheduled_tokens}; raise --max-num-batched-tokens"
-            )
         seed = request.sampling_params.seed
         return Denoising(
             plan=make_plan(params, num_prompt, limit, self.shift, len(suffix_ids)),
@@ -156,34 +151,21 @@ class DiffusionScheduler(Scheduler):
         tokenizer = cached_tokenizer_from_config(self.vllm_config.model_config)
         return tokenizer.encode(params.suffix, add_special_tokens=False)
 
-    @contextmanager
-    def _within_token_budget(self) -> Iterator[None]:
-        """Let one call of vLLM's ``schedule`` see only the requests whose windows fit the token budget together."""
-        budget = self.max_num_scheduled_tokens
-        num_scheduled = 0
+    def _share_token_budget(self) -> None:
+        """Pass over the latest running requests where their windows do not fit the step's budget together.
+
+        What is left of the budget is for requests that wait; `_allocate_canvas` holds them to it.
+        """
+        self._num_sharing, self._tokens_left = 0, self.max_num_scheduled_tokens
         for request in self.running:
-            request.num_computed_tokens = 0  # vLLM schedules what is final again, whatever the window
+            request.num_computed_tokens = request.num_tokens - 1  # one token in vLLM's count: ours counts windows
             cost = self._window_tokens(request)
-            if cost <= budget or num_scheduled == 0:
-                num_scheduled += 1
+            if cost <= self._tokens_left or self._num_sharing == 0:
+                self._num_sharing += 1
             else:
                 # schedule() counts current_step up before it compares: this call alone passes the request over
                 request.next_decode_eligible_step = self.current_step + 2
-            budget -= cost
-        num_admitted = 0
-        for request in self.waiting:
-            cost = self._window_tokens(request)
-            if cost > budget and num_scheduled + num_admitted > 0:
-                break
-            num_admitted += 1
-            budget -= cost
-        max_num_active_reqs = self.max_num_active_reqs
-        num_active = len(self.running) + self.num_waiting_for_streaming_input + num_admitted
-        self.max_num_active_reqs = min(max_num_active_reqs, num_active)
-        try:
-            yield
-        finally:
-            self.max_num_active_reqs = max_num_active_reqs
+            self._tokens_left -= cost
 
     def _window_tokens(self, request: Request) -> int:
         """Tokens the request's next window forwards; guidance forwards a second, unconditional copy."""
@@ -196,13 +178,24 @@ class DiffusionScheduler(Scheduler):
     def _allocate_canvas(
         self, request: Request, num_new_tokens: int, num_new_computed_tokens: int = 0, *args: Any, **kwargs: Any
     ) -> KVCacheBlocks | None:
-        """vLLM's ``allocate_slots``, reserving the whole canvas so that its later windows always have their pages."""
+        """vLLM's ``allocate_slots``, reserving the whole canvas so that its later windows always have their pages.
+
+        None, for which vLLM admits no request in this step any more, also where the window exceeds the token budget.
+        """
         plan = self.denoising[request.request_id].plan
-        if request.status == RequestStatus.RUNNING and not plan.canvas_is_full:
+        joins = request.status != RequestStatus.RUNNING
+        if not joins and not plan.canvas_is_full:
             return self.kv_cache_manager.empty_kv_cache_blocks  # reserved with the canvas
+        cost = self._window_tokens(request)
+        if joins and cost > self._tokens_left and self._num_sharing > 0:
+            return None
         known = request.num_computed_tokens + num_new_computed_tokens + num_new_tokens
         kwargs["num_lookahead_tokens"] = max(0, plan.next_length - known)
-        return self._allocate_slots(request, num_new_tokens, num_new_computed_tokens, *args, **kwargs)
+        blocks = self._allocate_slots(request, num_new_tokens, num_new_computed_tokens, *args, **kwargs)
+        if joins and blocks is not None:
+            self._num_sharing += 1
+            self._tokens_left -= cost
+        return blocks
 
     def _canvas(self, request: Request) -> Canvas:
         denoising, sampling = self.denoising[request.request_id], request.sampling_params
@@ -217,6 +210,6 @@ class DiffusionScheduler(Scheduler):
             params=replace(plan.params, suffix=(), template=()),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            top_k=sampling.top_k,
+            top_k=min(sampling.top_k, self.vllm_config.model_config.get_vocab_size()),
             seed=denoising.seed,
         )

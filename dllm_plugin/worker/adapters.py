@@ -25,13 +25,16 @@ class AdapterMixin(LoRAModelRunnerMixin):
     state: CanvasStore
 
     def load_lora_model(self, model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
+        config, lora = copy.copy(vllm_config), vllm_config.lora_config
+        # guidance forwards a second copy of a window, which vLLM's buffers for tokens and sequences must hold too
+        config.scheduler_config = scheduler = copy.copy(vllm_config.scheduler_config)
+        scheduler.max_num_seqs *= 2
+        scheduler.max_num_batched_tokens *= 2
         if not current_platform.is_cpu():
-            return super().load_lora_model(model, vllm_config, device)
-        lora = vllm_config.lora_config
-        config = copy.copy(vllm_config)
+            return super().load_lora_model(model, config, device)
         config.lora_config = replace(lora, max_loras=lora.max_loras + 1, max_cpu_loras=lora.max_cpu_loras + 1)
         model = super().load_lora_model(model, config, device)
-        self.lora_manager.add_dummy_lora(NO_ADAPTER, rank=8)
+        self.lora_manager.add_dummy_lora(NO_ADAPTER, rank=min(8, lora.max_lora_rank))
         self.lora_manager.pin_adapter(NO_ADAPTER.lora_int_id)
         return model
 
