@@ -1,5 +1,7 @@
 """What a request may ask for, checked when it is admitted: a ValueError offline, HTTP 400 online."""
 
+import functools
+import re
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
@@ -48,14 +50,18 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 class DiffusionAdmission(LogitsProcessor, V2LogitsProcessor):
     """Only its ``validate_params`` is used: vLLM calls it for every request, in the front end.
 
-    vLLM has two loaders for these classes, each asking for its own base class; an instance is never made.
+    vLLM has two loaders for these classes, each asking for its own base class; an instance is never made. A class knows
+    its model by its name (`admission_for`), which is all that travels between processes.
     """
+
+    vocab_size: int
+    max_model_len: int
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Raise DiffusionParameterError, naming rule, value and remedy, for what a diffusion model cannot do."""
         try:
-            check_sampling_params(sampling_params)
+            check_sampling_params(sampling_params, cls.vocab_size, cls.max_model_len)
         except ValueError as error:
             raise _Refusal(str(error)) from None
 
@@ -72,10 +78,26 @@ class DiffusionAdmission(LogitsProcessor, V2LogitsProcessor):
         raise NotImplementedError
 
 
-def check_sampling_params(sampling_params: SamplingParams) -> None:
+def admission_for(vocab_size: int, max_model_len: int) -> str:
+    """What vLLM is told to load: module and name of the class that checks requests to such a model."""
+    return f"{__name__}:DiffusionAdmission_{vocab_size}_{max_model_len}"
+
+
+@functools.cache
+def __getattr__(name: str) -> type[DiffusionAdmission]:
+    """The class of a name that `admission_for` gave."""
+    if (match := re.fullmatch(r"DiffusionAdmission_(\d+)_(\d+)", name)) is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    limits = {"vocab_size": int(match[1]), "max_model_len": int(match[2]), "__module__": __name__}
+    return type(name, (DiffusionAdmission,), limits)
+
+
+def check_sampling_params(sampling_params: SamplingParams, vocab_size: int, max_model_len: int) -> None:
     """Raise ValueError for a sampling parameter or an extra that a diffusion model cannot honour."""
+    if not isinstance(sampling_params.seed, int | None):
+        raise ValueError(f"seed must be an integer, got {sampling_params.seed!r}; leave it out for a random one")
     for name, neutral, remedy in _UNSUPPORTED:
         value = getattr(sampling_params, name, None)
         if value is not None and value not in neutral:
             raise ValueError(f"{name} is not supported with diffusion language models, got {value!r}; {remedy}")
-    check_request(sampling_params.extra_args, sampling_params.max_tokens)
+    check_request(sampling_params.extra_args, sampling_params.max_tokens, vocab_size, max_model_len)

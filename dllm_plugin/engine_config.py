@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from dllm_plugin.admission import admission_for
 from dllm_plugin.families import family_of
 from dllm_plugin.params import DiffusionParams, parse_engine_defaults
 
@@ -15,8 +16,8 @@ logger = init_logger("vllm." + __name__)
 
 WORKER = "dllm_plugin.worker.DiffusionWorker"
 SCHEDULER = "dllm_plugin.scheduler.scheduler.DiffusionScheduler"
+ADMISSION = "dllm_plugin.admission:"
 DEFAULT_CPU_PAGE = 128  # positions in a page of the KV cache, where vLLM chooses
-ADMISSION = "dllm_plugin.admission:DiffusionAdmission"
 
 
 def engine_defaults(vllm_config: "VllmConfig") -> DiffusionParams:
@@ -67,6 +68,23 @@ def refuse_what_does_not_fit(vllm_config: "VllmConfig") -> None:
         (
             vllm_config.kv_transfer_config is not None,
             "KV connectors assume causal attention; remove --kv-transfer-config",
+        ),
+        (
+            cache.kv_offloading_size is not None,
+            "KV offloading assumes causal attention; remove --kv-offloading-size",
+        ),
+        (
+            model.runner_type != "generate",
+            f"a diffusion model generates text, got runner={model.runner_type!r}; remove --runner",
+        ),
+        (
+            model.enable_prompt_embeds,
+            "prompts are token ids, whose masks and positions the canvas keeps; remove --enable-prompt-embeds",
+        ),
+        (
+            any(not str(processor).startswith(ADMISSION) for processor in model.logits_processors or ()),
+            f"logits processors assume left-to-right generation, got {model.logits_processors}; remove "
+            "--logits-processors",
         ),
         (
             parallel.worker_cls not in ("auto", WORKER),
@@ -134,9 +152,11 @@ def select_components(vllm_config: "VllmConfig") -> None:
     scheduler.async_scheduling = False
     scheduler.enable_chunked_prefill = False
     scheduler.long_prefill_token_threshold = 0
+    if vllm_config.cache_config.enable_prefix_caching:  # vLLM's default, or the user's: it does not say
+        logger.info("Prefix caching is off: under full attention no prefix of a sequence stands for itself.")
     vllm_config.cache_config.enable_prefix_caching = False
     model.enforce_eager = True
-    model.logits_processors = [*(model.logits_processors or []), ADMISSION]
+    model.logits_processors = [admission_for(model.get_vocab_size(), model.max_model_len)]
     # the reference decoders' temperature, where the checkpoint's generation_config.json names none
     if model.generation_config != "vllm":
         temperature = model.try_get_generation_config().get("temperature")

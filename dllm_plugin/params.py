@@ -106,7 +106,7 @@ class _Rule:
         if self.choices:
             return isinstance(value, str) and value in self.choices
         if self.kind is str and isinstance(value, str):
-            return value != ""
+            return value != "" and not any("\ud800" <= character <= "\udfff" for character in value)
         if self.kind in (str, list):
             items = value if isinstance(value, (list, tuple)) else ()
             return len(items) > 0 and all(_is_number(item, int) and item >= self.low for item in items)
@@ -173,8 +173,10 @@ def parse_request(extra_args: Mapping[str, Any] | None, defaults: DiffusionParam
     return _settle(_replace(defaults, given), given)
 
 
-def check_request(extra_args: Mapping[str, Any] | None, max_tokens: int | None) -> None:
-    """Raise ValueError where a request's extras are wrong in themselves or cannot hold together."""
+def check_request(
+    extra_args: Mapping[str, Any] | None, max_tokens: int | None, vocab_size: int, max_model_len: int
+) -> None:
+    """Raise ValueError where a request's extras are wrong in themselves, for the model, or cannot hold together."""
     given = _given(extra_args)
     _check_combination(given, label=PREFIX)
     params = _replace(DiffusionParams(), given)
@@ -183,9 +185,18 @@ def check_request(extra_args: Mapping[str, Any] | None, max_tokens: int | None) 
             f"max_tokens must hold the whole diffusion_template, which has {len(params.template)} positions, got "
             f"{max_tokens}; raise max_tokens"
         )
+    for name in ("suffix", "template"):
+        ids = [token for token in getattr(params, name) if not isinstance(token, str)]
+        if ids and max(ids) >= vocab_size:
+            raise ValueError(
+                f"{PREFIX}{name} must hold token ids below the vocabulary's size {vocab_size}, got {max(ids)}; take the "
+                "ids from the model's own tokenizer"
+            )
     if params.steps is None or params.block_length is None:
         return
     canvas = len(params.template) or min(params.canvas_length, max_tokens or params.canvas_length)
+    if canvas >= max_model_len:
+        return  # the prompt decides how long it is; too few steps are raised to one a block
     blocks = math.ceil(canvas / params.block_length)
     if params.steps < blocks and params.threshold is None and params.factor is None and params.strategy == "full":
         raise ValueError(
@@ -198,12 +209,17 @@ def check_request(extra_args: Mapping[str, Any] | None, max_tokens: int | None) 
 def _given(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
     """The extras meant for us, without prefix. Extras that are someone else's are left alone."""
     given: dict[str, Any] = {}
+    if not isinstance(extra_args, Mapping | None) or not all(isinstance(key, str) for key in extra_args or ()):
+        raise ValueError(
+            f"extra_args must be a mapping of parameter names to values, got {extra_args!r}; give it as "
+            '{"diffusion_steps": 64}'
+        )
     for key, value in (extra_args or {}).items():
         name = key.removeprefix(PREFIX)
         if key.startswith(PREFIX) and name in RULES:
             _check(key, name, value)
             given[name] = value
-        elif key.lower().startswith("diffusion") or name in RULES or _nearest(key, _keys(), cutoff=0.8):
+        elif key.lower().startswith("diffusion") or _nearest(key, [*RULES, *_keys()], cutoff=0.85):
             raise ValueError(
                 f"unknown diffusion parameter {key!r}{_nearest(key, _keys())}; known: {', '.join(_keys())}"
             )
@@ -224,6 +240,8 @@ def _check_combination(given: Mapping[str, Any], label: str) -> None:
         refuse(*parallel, "each says by itself how many positions a step unmasks")
     if parallel and given.get("remasking", "low_confidence") not in PROBABILITY_POLICIES:
         refuse(parallel[0], "remasking", f"it compares probabilities, which {PROBABILITY_POLICIES} rank by")
+    if parallel and given.get("alg_temp", 0) > 0:
+        refuse(parallel[0], "alg_temp", "it takes the positions above it, and alg_temp takes positions at random")
     if given.get("cfg_scale", 0) > 0 and given.get("cache", "none") != "none":
         refuse("cfg_scale", "cache", "the unconditional copy has no KV cache of its own")
     if given.get("strategy") == "d2f":
@@ -261,6 +279,9 @@ def _settle(params: DiffusionParams, given: Mapping[str, Any]) -> DiffusionParam
             params = replace(params, threshold=None, factor=None)
         else:
             params = replace(params, remasking=by_probability)
+    if (params.threshold is not None or params.factor is not None) and params.alg_temp > 0:
+        given_way = {"threshold": None, "factor": None} if "alg_temp" in given else {"alg_temp": 0.0}
+        params = replace(params, **given_way)
     if params.cfg_scale > 0 and params.cache != "none":
         params = replace(params, cache="none") if "cfg_scale" in given else replace(params, cfg_scale=0.0)
     return params
@@ -278,10 +299,28 @@ def _keys() -> list[str]:
 
 def _check(label: str, name: str, value: Any) -> None:
     if not RULES[name].accepts(value):
-        raise ValueError(f"{label} must be {RULES[name]}, got {value!r}")
+        raise ValueError(f"{label} must be {RULES[name]}, got {value!r}; {_remedy(name, value)}")
+
+
+def _remedy(name: str, value: Any) -> str:
+    """How to put right a value that a rule does not accept: the common slips, else leaving it out."""
+    number = value
+    if isinstance(value, str) and RULES[name].kind in (int, float):
+        try:
+            number = float(value)
+        except ValueError:
+            number = None
+    if isinstance(number, float) and RULES[name].kind is int and number.is_integer():
+        number = int(number)
+    if number is not None and not isinstance(number, bool) and number != () and RULES[name].accepts(number):
+        return f"write {number!r}, " + ("without quotes" if isinstance(value, str) else "without a fraction")
+    if isinstance(value, str) and RULES[name].choices and (near := _nearest(value, RULES[name].choices, cutoff=0.6)):
+        return f"take one of them{near}"
+    default = getattr(_NEUTRAL, name)
+    return "leave it out" if default in (None, ()) else f"leave it out for the default {default!r}"
 
 
 def _nearest(name: str, known: Iterable[str], cutoff: float = 0.0) -> str:
     """`` (did you mean 'x'?)`` for the nearest known name; empty where none is as near as ``cutoff``."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    match = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=cutoff)
     return f" (did you mean {match[0]!r}?)" if match else ""

@@ -4,13 +4,16 @@ An error names the rule, the value and a remedy. Requests are refused at admissi
 """
 
 import json
+import pickle
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import (
     Case,
+    core,
     difference,
     drive,
     edit_config,
@@ -25,11 +28,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.request import Request, RequestStatus
 
 from dllm_plugin import admission, engine_config
 from dllm_plugin.families import FAMILIES, family_of
 
 PROMPT = [11, 12, 13]
+check = partial(admission.check_sampling_params, vocab_size=331, max_model_len=512)
 KEPT: list = []  # closing an engine takes vLLM's process groups from the others
 
 
@@ -111,7 +116,7 @@ def test_every_unsupported_parameter_has_a_value_here():
 def test_unsupported_sampling_parameters(name):
     params = SamplingParams(temperature=1.0, max_tokens=8, **{name: UNSUPPORTED[name]})
     with pytest.raises(ValueError) as error:
-        admission.check_sampling_params(params)
+        check(params)
     rule, _, remedy = next(row for row in admission._UNSUPPORTED if row[0] == name)
     assert str(error.value).startswith(f"{rule} is not supported with diffusion language models, got ")
     assert str(error.value).endswith(remedy)
@@ -144,7 +149,7 @@ def test_unsupported_sampling_parameters_in_the_engine(name):
 )
 def test_neutral_values_are_taken(name, value):
     """Clients send them by habit."""
-    admission.check_sampling_params(SamplingParams(max_tokens=4, **{name: value}))
+    check(SamplingParams(max_tokens=4, **{name: value}))
 
 
 def test_every_sampling_parameter_of_vllm_is_known():
@@ -183,13 +188,50 @@ def test_extreme_values_do_no_harm(extras):
     llm, case = engine_with("llada"), Case("llada", "entropy", 8, prompt=6)
     params = SamplingParams(temperature=0.7, seed=1, max_tokens=8, ignore_eos=True, detokenize=False, extra_args=extras)
     try:
-        admission.check_sampling_params(params)
+        check(params)
     except ValueError:
         return
     outputs, _ = drive(llm, [(PROMPT, params), case.request])
     tokens = outputs[0].outputs[0].token_ids
     assert len(tokens) == 8 and all(0 <= token < 331 and token != 325 for token in tokens)
     assert not difference(case, outputs[1])
+
+
+def test_a_session_of_streamed_prompts_ends_with_an_error():
+    """Only the engine core sees one; others are served as ever."""
+    llm = engine("llada")
+    session = Request("session", PROMPT, SamplingParams(max_tokens=4), None, resumable=True)
+    core(llm).add_request(session)
+    case = Case("llada", "low_confidence", 6, prompt=5)
+    outputs, _ = drive(llm, [case.request])
+    assert not difference(case, outputs[0])
+    assert session.status == RequestStatus.FINISHED_ERROR
+    assert "session" not in scheduler(llm).requests and "session" not in scheduler(llm).denoising
+
+
+def test_the_admission_class_of_a_model_travels_by_name():
+    name = admission.admission_for(331, 512).partition(":")[2]
+    loaded = pickle.loads(pickle.dumps(getattr(admission, name)))
+    assert (loaded.vocab_size, loaded.max_model_len) == (331, 512) and loaded is getattr(admission, name)
+    with pytest.raises(AttributeError, match="has no attribute 'DiffusionAdmission_1_x'"):
+        _ = admission.DiffusionAdmission_1_x
+
+
+@pytest.mark.parametrize("seed", ["a", 1.5])
+def test_a_seed_is_a_number(seed):
+    llm = engine("llada")
+    with pytest.raises(ValueError, match="seed must be an integer"):
+        llm.generate([{"prompt_token_ids": PROMPT}], SamplingParams(max_tokens=4, seed=seed), use_tqdm=False)
+    serves(llm)
+
+
+def test_any_top_k_is_taken():
+    """Beyond 64 bits vLLM's own messages end."""
+    params = SamplingParams(temperature=1.0, seed=1, max_tokens=6, ignore_eos=True, detokenize=False)
+    more = SamplingParams(temperature=1.0, seed=1, max_tokens=6, ignore_eos=True, detokenize=False, top_k=2**63)
+    for checkpoint in ("llada", "dream"):
+        outputs, _ = drive(engine(checkpoint), [(PROMPT, params), (PROMPT, more)])
+        assert outputs[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids
 
 
 @pytest.mark.parametrize("seed", [0, -2, 2**63 - 1, -(2**63)])
@@ -255,7 +297,13 @@ def test_wrong_engine_wide_defaults_stop_the_start(diffusion, message):
 def config(**changes):
     """As much of a VllmConfig as the checks read; `a__b` sets b of its part a."""
     settings = {
-        "model_config": SimpleNamespace(architecture="LLaDAModelLM", max_model_len=1000),
+        "model_config": SimpleNamespace(
+            architecture="LLaDAModelLM",
+            max_model_len=1000,
+            runner_type="generate",
+            enable_prompt_embeds=False,
+            logits_processors=None,
+        ),
         "parallel_config": SimpleNamespace(
             pipeline_parallel_size=1,
             decode_context_parallel_size=1,
@@ -264,7 +312,7 @@ def config(**changes):
             world_size=1,
             worker_cls="auto",
         ),
-        "cache_config": SimpleNamespace(cache_dtype="auto"),
+        "cache_config": SimpleNamespace(cache_dtype="auto", kv_offloading_size=None),
         "scheduler_config": SimpleNamespace(scheduler_cls=None, async_scheduling=None, max_num_batched_tokens=1000),
         "speculative_config": None,
         "kv_transfer_config": None,
@@ -286,6 +334,10 @@ REFUSED = {
     "prefill-context": ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism is not supported"),
     "kv-cache-dtype": ({"cache_config__cache_dtype": "fp8"}, "got kv_cache_dtype='fp8'; remove --kv-cache-dtype"),
     "kv-transfer": ({"kv_transfer_config": object()}, "remove --kv-transfer-config"),
+    "kv-offloading": ({"cache_config__kv_offloading_size": 1.0}, "remove --kv-offloading-size"),
+    "pooling": ({"model_config__runner_type": "pooling"}, "got runner='pooling'; remove --runner"),
+    "prompt-embeds": ({"model_config__enable_prompt_embeds": True}, "remove --enable-prompt-embeds"),
+    "logits-processors": ({"model_config__logits_processors": ["my:Own"]}, "['my:Own']; remove --logits-processors"),
     "worker": ({"parallel_config__worker_cls": "my.Worker"}, "got worker_cls='my.Worker'; remove --worker-cls"),
     "scheduler": ({"scheduler_config__scheduler_cls": "my.S"}, "got scheduler_cls='my.S'; remove --scheduler-cls"),
     "async": ({"scheduler_config__async_scheduling": True}, "remove --async-scheduling"),
@@ -307,6 +359,7 @@ def test_refused_configurations(name):
         {"parallel_config__worker_cls": engine_config.WORKER},
         {"scheduler_config__scheduler_cls": engine_config.SCHEDULER},
         {"scheduler_config__async_scheduling": False},
+        {"model_config__logits_processors": [admission.admission_for(331, 512)]},
     ],
     ids=str,
 )

@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import fields
+from functools import partial
 
 import pytest
 
+from dllm_plugin import params
 from dllm_plugin.params import (
     CACHE_MODES,
     EOS_SUPPRESSIONS,
@@ -13,12 +15,13 @@ from dllm_plugin.params import (
     RULES,
     STRATEGIES,
     DiffusionParams,
-    check_request,
     parse_engine_defaults,
     parse_request,
 )
 
 NEUTRAL = DiffusionParams()
+VOCABULARY, LONGEST = 1000, 2048  # of the model that requests are for
+check_request = partial(params.check_request, vocab_size=VOCABULARY, max_model_len=LONGEST)
 NAN, INF = math.nan, math.inf
 
 # Values each parameter takes, and values it does not. The ranges are those of the documentation, written out again.
@@ -79,8 +82,7 @@ def test_refused(name, value):
     ):
         with pytest.raises(ValueError) as error:
             call()
-        assert str(error.value).startswith(f"{label} must be {RULES[name]}, got ")
-        assert str(error.value).endswith(repr(value))
+        assert str(error.value).startswith(f"{label} must be {RULES[name]}, got {value!r}; ")
 
 
 @pytest.mark.parametrize(
@@ -98,6 +100,52 @@ def test_rules_in_words(name, rule):
     assert str(RULES[name]) == rule
 
 
+@pytest.mark.parametrize(
+    "name, value, remedy",
+    [
+        ("steps", "64", "write 64, without quotes"),
+        ("steps", 64.0, "write 64, without a fraction"),
+        ("steps", "64.0", "write 64, without quotes"),
+        ("steps", 0, "leave it out"),
+        ("steps", True, "leave it out"),
+        ("steps", "many", "leave it out"),
+        ("threshold", "0.9", "write 0.9, without quotes"),
+        ("eps", 2, "leave it out for the default 0.001"),
+        ("remasking", "entropie", "take one of them (did you mean 'entropy'?)"),
+        ("cache", "all", "leave it out for the default 'none'"),
+        ("suffix", "\ud800", "leave it out"),
+        ("template", [], "leave it out"),
+    ],
+)
+def test_remedies(name, value, remedy):
+    with pytest.raises(ValueError) as error:
+        check_request({PREFIX + name: value}, 16)
+    assert str(error.value).endswith(f"; {remedy}")
+
+
+@pytest.mark.parametrize("name", ["suffix", "template"])
+def test_ids_are_of_the_vocabulary(name):
+    check_request({PREFIX + name: [-1, VOCABULARY - 1][name == "suffix" :]}, 16)
+    with pytest.raises(ValueError, match=f"diffusion_{name} must hold token ids below .* {VOCABULARY}, got {2**63}"):
+        check_request({PREFIX + name: [-1, 2**63][name == "suffix" :]}, 16)
+
+
+@pytest.mark.parametrize("extras", [{1: 2}, {None: 1}, [1], "abc", 5], ids=str)
+def test_extras_are_a_mapping_of_names(extras):
+    with pytest.raises(ValueError, match="extra_args must be a mapping of parameter names to values"):
+        check_request(extras, 16)
+
+
+@pytest.mark.parametrize("pace", ["threshold", "factor"])
+def test_positions_are_not_drawn_where_a_threshold_takes_them(pace):
+    both = {PREFIX + pace: 0.5, "diffusion_alg_temp": 1.0}
+    with pytest.raises(ValueError, match="exclude each other"):
+        check_request(both, 16)
+    drawn, above = DiffusionParams(alg_temp=1.0), DiffusionParams(**{pace: 0.5})
+    assert parse_request({PREFIX + pace: 0.5}, drawn).alg_temp == 0
+    assert getattr(parse_request({"diffusion_alg_temp": 1.0}, above), pace) is None
+
+
 # ---- keys
 
 
@@ -113,7 +161,9 @@ def test_rules_in_words(name, rule):
         ("diffusion-steps", "diffusion_steps"),
         ("diffusionsteps", "diffusion_steps"),
         ("difusion_steps", "diffusion_steps"),
+        ("DIFFUSION_STEPS", "diffusion_steps"),
         ("steps", "diffusion_steps"),  # without the prefix
+        ("step", "diffusion_steps"),
         ("block_length", "diffusion_block_length"),
         ("remasking", "diffusion_remasking"),
     ],
@@ -184,6 +234,13 @@ def test_steps_must_reach_every_block(extras, max_tokens, blocks):
 )
 def test_steps_that_reach_every_block(extras, max_tokens):
     check_request({PREFIX + name: value for name, value in extras.items()}, max_tokens)
+
+
+def test_a_canvas_that_only_the_prompt_ends():
+    """125 blocks of 1,000 positions, but no sequence is that long: the plan raises steps that are too few."""
+    extras = {"diffusion_steps": 64, "diffusion_block_length": 8}
+    for max_tokens in (1000, None):
+        params.check_request(extras, max_tokens, vocab_size=VOCABULARY, max_model_len=512)
 
 
 # ---- engine-wide defaults
