@@ -171,6 +171,8 @@ def result(item: Item, output: Any) -> dict[str, Any]:
     from dllm_plugin.metrics import num_forward_passes
 
     completion = output.outputs[0]
+    if completion.finish_reason == "error":
+        return {"id": item.id, "error": "the engine could not serve the request; its log says why"}
     return {
         "id": item.id,
         "text": completion.text,

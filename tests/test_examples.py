@@ -30,6 +30,7 @@ INPUT = [
     {"id": "wrong field", "prompt": "x", "tempreature": 3},
     {"id": "too long", "prompt": "x" * 2000},
     {"id": "empty", "messages": []},
+    {"id": "no room", "prompt": "x", "diffusion_suffix": [1] * 600},
     {"id": "chat", "prompt": "an id used twice"},
     {"id": 7, "prompt": "seeded", "temperature": 1.0, "seed": 3},
 ]
@@ -39,7 +40,8 @@ ERRORS = {
     "wrong field": "tempreature",
     "too long": "512",
     "empty": "messages",
-    "line-8": "line 1",
+    "no room": "log",
+    "line-9": "line 1",
 }
 
 
@@ -53,7 +55,7 @@ def batch(checkpoints: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
     arguments += ["--max-tokens", "8", "--engine-args", json.dumps({"kv_cache_memory_bytes": 64 << 20})]
     process = run("offline_batch.py", *arguments)
     assert process.returncode == 0, process.stderr[-4000:]
-    assert "9/9" in process.stderr, "the progress bar"
+    assert "10/10" in process.stderr, "the progress bar"
     return arguments, source, target
 
 

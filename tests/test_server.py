@@ -110,10 +110,15 @@ def chat(server: Server, messages: list[dict[str, str]] = MESSAGES, extras: dict
     )
 
 
-def complete(server: Server, prompt: str = "Reverse", extras: dict[str, Any] | None = None, **settings):
-    return server.client.completions.create(
-        model=server.model, prompt=prompt, extra_body={"vllm_xargs": extras or {}}, **(SHORT | settings)
-    )
+def complete(
+    server: Server,
+    prompt: str = "Reverse",
+    extras: dict[str, Any] | None = None,
+    extra: dict[str, Any] | None = None,
+    **settings,
+):
+    body = {"vllm_xargs": extras or {}} | (extra or {})
+    return server.client.completions.create(model=server.model, prompt=prompt, extra_body=body, **(SHORT | settings))
 
 
 @pytest.mark.parametrize("name", ["tiny-llada", "tiny-dream"])
@@ -177,6 +182,8 @@ def test_a_stop_string_ends_the_answer(llada: Server) -> None:
         ({"diffusion_stepps": 4}, {}, ["diffusion_stepps", "did you mean 'diffusion_steps'"]),
         ({"diffusion_remasking": "best"}, {}, ["diffusion_remasking", "low_confidence", "'best'"]),
         ({"diffusion_steps": 2, "diffusion_block_length": 4}, {}, ["at least", "2", "raise diffusion_steps"]),
+        ({"diffusion_suffix": [99999]}, {}, ["diffusion_suffix", "320", "99999", "tokenizer"]),
+        ({"diffusion_template": [-1, 2**62]}, {}, ["diffusion_template", "320"]),
         ({}, {"presence_penalty": 0.5}, ["presence_penalty", "not supported", "0.5"]),
         ({}, {"max_tokens": 0}, ["max_tokens", "0"]),
     ],
@@ -191,6 +198,28 @@ def test_a_wrong_request_is_told_so_and_the_server_serves_on(
     message = refusal.value.response.json()["error"]["message"]
     assert [words for words in said if words not in message] == [], message
     assert route(llada, max_tokens=2).choices
+
+
+def test_infilling(llada: Server, engine: Any) -> None:
+    """What stands behind the canvas decides the answer; the text is the canvas alone. Pinned tokens come back."""
+    from vllm import SamplingParams
+
+    suffix = {"diffusion_suffix": " and no more", "diffusion_block_length": 8}
+    offline = engine("tiny-llada", dtype="auto").generate(
+        ["Say cat"], SamplingParams(max_tokens=16, temperature=0, seed=1, extra_args=suffix), use_tqdm=False
+    )
+    assert complete(llada, "Say cat", suffix).choices[0].text == offline[0].outputs[0].text
+    template = [-1, 65, 66, -1, 67]
+    answer = complete(
+        llada, "Say cat", {"diffusion_template": template}, extra={"return_token_ids": True, "ignore_eos": True}
+    )
+    ids = answer.choices[0].token_ids
+    assert len(ids) == 5 and [ids[1], ids[2], ids[4]] == [65, 66, 67]
+
+
+def test_a_top_k_beyond_any_vocabulary(llada: Server) -> None:
+    assert complete(llada, temperature=1, extra={"top_k": 2**63}).choices
+    assert complete(llada).choices
 
 
 def test_a_client_that_leaves_frees_its_place(llada: Server) -> None:
