@@ -98,7 +98,6 @@ class Step:
             "row_cell": torch.arange(tokens, device="cuda"),
             "quota": int32([1] * batch, "cuda"),
             "threshold": torch.full((batch,), 0.9, device="cuda"),
-            "final_prefix": int32([0] * batch, "cuda"),
             "eos_token_id": int32([EOS_ID] * batch, "cuda"),
         }
 

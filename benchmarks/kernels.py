@@ -406,7 +406,6 @@ def unmask_inputs(requests: int, length: int, canvas: int, device: str) -> tuple
         "confidence": torch.rand(rows, device=device),
         "quota": torch.ones(requests, dtype=torch.int32, device=device),
         "threshold": torch.full((requests,), 0.9, device=device),
-        "final_prefix": torch.zeros(requests, dtype=torch.int32, device=device),
         "eos_token_id": torch.full((requests,), 2, dtype=torch.int32, device=device),
     }  # fmt: skip
 

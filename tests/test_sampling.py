@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import MASK, Case, difference, drive, engine, folder, new_engine, random_prompt, reference
+from helpers import MASK, VOCABULARY, Case, difference, drive, engine, folder, new_engine, random_prompt, reference
 from scipy.stats import binomtest, chisquare
 from vllm import SamplingParams
 
@@ -46,6 +46,10 @@ CASES = [
     Case(checkpoint, "low_confidence", 16, prompt=9, temperature=0.7, suppression=suppression)
     for checkpoint in ("llada-loud", "dream-loud")
     for suppression in ("logits", "confidence")
+] + [  # the mask is often what a filter keeps
+    Case("dream-loud", policy, 16, prompt=9, temperature=0.7, top_k=top_k)
+    for policy in ("maskgit_plus", "topk_margin", "entropy", "origin")
+    for top_k in (1, 2)
 ]  # fmt: skip
 
 
@@ -82,6 +86,18 @@ def test_greedy_has_no_filters():
         extra_args=plain.extra_args,
     )
     assert not difference(case, drive(engine("dream"), [(prompt, filters)])[0][0])
+
+
+@pytest.mark.parametrize("policy", ["low_confidence", "random", "entropy"])
+def test_a_filter_that_takes_nothing_out_changes_nothing(policy):
+    """Whatever it is divided by on the way."""
+    case = Case("llada", policy, 24, prompt=9, block=8, temperature=0.2, seed=4)
+    prompt, plain = case.request
+    filtered = SamplingParams(
+        temperature=0.2, top_k=VOCABULARY, seed=4, max_tokens=24, ignore_eos=True, detokenize=False,
+        extra_args=plain.extra_args,
+    )  # fmt: skip
+    assert not difference(case, drive(engine("llada"), [(prompt, filtered)])[0][0])
 
 
 # ---- seeds

@@ -10,7 +10,7 @@ greedy. The statistics are of softmax(logits), or of softmax(logits / temperatur
 
 `no_choice` columns are never chosen but keep their mass (the mask id: public references leave it in the softmax);
 `no_mass` columns may be chosen but are dropped from the statistics, so that choosing one has probability 0. A column in
-both is gone. Rows of ids are padded with -1.
+both is gone. Rows of ids are padded with -1; what is not a column, below 0 or past the last, is ignored.
 
 Ties take the lowest index. Statistics are fp32. A row whose columns are all `-inf` chooses its lowest column that is not
 in `no_choice`; its statistics are NaN where no column has mass, which `unmask` ranks last. A forbidden column is never
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from dllm_plugin.kernels import philox
-from dllm_plugin.kernels.dispatch import contiguous, num_multiprocessors, tl, triton, use_triton
+from dllm_plugin.kernels.dispatch import contiguous, num_multiprocessors, refuse_devices, tl, triton, use_triton
 
 ENTROPY_EPSILON = 1e-10  # Dream's
 _SCRATCH_BYTES = 2_000_000
@@ -88,7 +88,11 @@ def confidence_reference(
     margin: bool,
     entropy: bool,
 ) -> Confidence:
-    """The torch path: blocks of rows through one fp32 scratch buffer, whatever the size of the logits."""
+    """The torch path: blocks of rows through one fp32 scratch buffer, whatever the number of rows.
+
+    No tensor beside the result takes more than 2,000,000 bytes up to a vocabulary of 250,000, nor more than two fp32 rows
+    above it, see `rows_per_block`.
+    """
     rows, vocab = logits.shape
     per_row = [no_choice, no_mass, temperature, tempered, *noise]
     step = rows_per_block(vocab)
@@ -198,10 +202,11 @@ def allow(x: Tensor, no_choice: Tensor | None) -> Tensor:
 
 
 def drop(x: Tensor, ids: Tensor) -> None:
-    if ids.numel() and ids.amin() >= 0:
+    """Puts `-inf` into the columns that the rows of `ids` name; other numbers name none."""
+    if torch.equal(ids.clamp(0, x.shape[1] - 1), ids):
         x.scatter_(1, ids, float("-inf"))
     else:
-        row, entry = (ids >= 0).nonzero(as_tuple=True)
+        row, entry = ((ids >= 0) & (ids < x.shape[1])).nonzero(as_tuple=True)
         x[row, ids[row, entry]] = float("-inf")
 
 
@@ -236,7 +241,9 @@ def _entropy(p: Tensor) -> Tensor:
 
 
 def rows_per_block(vocab: int) -> int:
-    """Rows that fit the scratch beside one that `_rows_per_copy` allows, but at least two."""
+    """Rows that fit the scratch beside one that `_rows_per_copy` allows, but at least two, though two exceed it above a
+    vocabulary of 250,000: torch sums a single row over threads, in another order than one of many, and the entropy would
+    lose its bits."""
     return max(_SCRATCH_BYTES // (4 * vocab) - 1, 2)
 
 
@@ -250,19 +257,22 @@ def check_arguments(
     no_mass: Tensor | None,
     temperature: Tensor | None,
     tempered: Tensor | None,
-    seed: Tensor | None,
-    position: Tensor | None,
-    step: Tensor | None,
+    *noise: Tensor | None,
 ) -> None:
+    """`noise`: seed, position and step, left out where nothing is drawn."""
     if logits.dim() != 2 or not logits.dtype.is_floating_point or logits.shape[1] == 0 or logits.stride(1) != 1:
         raise ValueError(
             f"logits must be floating [rows, vocab] with contiguous rows of at least one column, got {logits.dtype} "
             f"{list(logits.shape)} with strides {logits.stride()}; pass logits.contiguous()"
         )
-    rows = logits.shape[0]
+    rows, device = logits.shape[0], logits.device
     for name, ids in (("no_choice", no_choice), ("no_mass", no_mass)):
-        if ids is not None and (ids.dim() != 2 or ids.shape[0] != rows or ids.dtype != torch.int64):
+        if ids is None:
+            continue
+        if ids.dim() != 2 or ids.shape[0] != rows or ids.dtype != torch.int64:
             raise ValueError(f"{name} must be int64 [{rows}, n], padded with -1, got {ids.dtype} {list(ids.shape)}")
+        if ids.device != device:
+            refuse_devices(logits=logits, **{name: ids})
     if temperature is None:
         if tempered is not None:
             raise ValueError("tempered asks for statistics at the row's temperature; pass temperature too")
@@ -270,15 +280,15 @@ def check_arguments(
     for name, tensor, dtype in (
         ("temperature", temperature, torch.float32),
         ("tempered", tempered, torch.bool),
-        ("seed", seed, torch.int64),
-        ("position", position, torch.int64),
-        ("step", step, torch.int64),
+        *zip(("seed", "position", "step"), noise, (torch.int64,) * 3, strict=False),
     ):
         if tensor is None:
             if name != "tempered":
                 raise ValueError(f"temperature needs {name} [{rows}] for its noise; pass it, or temperature=None")
         elif tensor.shape != (rows,) or tensor.dtype != dtype:
             raise ValueError(f"{name} must be {dtype} [{rows}], got {tensor.dtype} {list(tensor.shape)}")
+        elif tensor.device != device:
+            refuse_devices(logits=logits, **{name: tensor})
 
 
 # A program reads some tiles of a row once. It keeps a maximum and a sum for every eight neighbouring columns, so that an

@@ -7,6 +7,7 @@ device type. Without Triton the package still imports and the references run.
 import functools
 import logging
 import os
+from typing import NoReturn
 
 import torch
 
@@ -36,6 +37,7 @@ __all__ = [
     "device_generation",
     "iota",
     "num_multiprocessors",
+    "refuse_devices",
     "tl",
     "triton",
     "use_triton",
@@ -88,6 +90,16 @@ def device_generation(device: torch.device) -> int:
 def iota(size: int, device: torch.device) -> torch.Tensor:
     """`torch.arange(size)` int64, kept: to be read only. Steps ask for the same few sizes again and again."""
     return torch.arange(size, device=device)
+
+
+def refuse_devices(**tensors: torch.Tensor | None) -> NoReturn:
+    """Names a tensor that is not where the first one is. The caller has compared the devices, which costs less."""
+    (name, first), *others = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+    other, device = next((other, tensor.device) for other, tensor in others if tensor.device != first.device)
+    raise ValueError(
+        f"all tensors must be on one device, got {name} on '{first.device}' and {other} on '{device}'; "
+        f"pass {other}.to('{first.device}')"
+    )
 
 
 def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:

@@ -6,11 +6,17 @@ chosen stays finite, so that a row whose likeliest column is forbidden still has
 
 The result is already divided by the temperature: give it to `confidence` with temperature 1 (0 where greedy). At
 temperature 0 the filters apply all the same; they then change probabilities, not the choice. Requests that filter are few
-and sorting dominates, so this is torch on every device.
+and sorting dominates, so this is torch on every device. Scratch beside the result stays below 8 MB, or what one row takes,
+whatever the rows.
 """
 
 import torch
 from torch import Tensor
+
+from dllm_plugin.kernels.dispatch import refuse_devices
+
+_SCRATCH_BYTES = 8_000_000
+_BYTES_PER_COLUMN = 24  # of a row that is sorted: values, columns, sums of probabilities, and what sorting takes itself
 
 
 def filter_top_k_top_p(
@@ -21,40 +27,80 @@ def filter_top_k_top_p(
     *,
     no_choice: Tensor | None = None,
 ) -> Tensor:
-    """Filtered fp32 copy of `logits` [rows, vocab].
+    """Filtered fp32 copy of `logits` [rows, vocab], any float dtype.
 
-    `temperature` [rows] (0: greedy), `top_k` [rows] integer (0: off), `top_p` [rows] (1: off), `no_choice` [rows, A] int64
-    padded with -1; each may be None.
+    `temperature` [rows] floating (0: greedy), `top_k` [rows] integer (0: off), `top_p` [rows] floating (1: off), `no_choice`
+    [rows, A] int64 padded with -1, where ids past the vocabulary are ignored too; each may be None.
     """
+    _check(logits, temperature, top_k, top_p, no_choice)
     x = logits.to(torch.float32, copy=True)
-    vocab = x.shape[1]
     if temperature is not None:
         x.div_(torch.where(temperature > 0, temperature, 1.0)[:, None])
     if top_p is None and top_k is None:
         return x
-    best = _best_allowed(x, no_choice)
+    rows, vocab = x.shape
+    step = max(_SCRATCH_BYTES // (_BYTES_PER_COLUMN * vocab), 1)
+    for first in range(0, rows, step):
+        block = slice(first, first + step)
+        _filter(x[block], *(None if tensor is None else tensor[block] for tensor in (top_k, top_p, no_choice)))
+    return x
 
+
+def _filter(x: Tensor, top_k: Tensor | None, top_p: Tensor | None, no_choice: Tensor | None) -> None:
+    """Filters a block of rows in place."""
+    vocab = x.shape[1]
+    best = _best_allowed(x, no_choice)
     values, column = x.sort(dim=1, descending=True, stable=True)
     if top_p is not None:
-        above = values.softmax(1).cumsum(1).roll(1, 1)  # mass of the columns ranked before this one
-        above[:, 0] = 0.0
+        mass = values.softmax(1)
+        torch.cumsum(mass, 1, out=mass)
         # At 1 the filter is off: the sum may round past 1 before the last column.
         limit = torch.where(top_p < 1, top_p, float("inf"))
-        values.masked_fill_(above > limit[:, None], float("-inf"))
+        # A column goes by the mass of those ranked before it, so the first one stays.
+        values[:, 1:].masked_fill_(mass[:, :-1] > limit[:, None], float("-inf"))
     if top_k is not None:
         kth = values.gather(1, torch.where(top_k > 0, top_k, vocab).clamp(max=vocab).to(torch.int64)[:, None] - 1)
         values.masked_fill_(values < kth, float("-inf"))
     x.scatter_(1, column, values)
     # finite, so that it can be chosen; where it was filtered its probability is 0
-    return x.scatter_(1, best, x.gather(1, best).clamp(min=torch.finfo(torch.float32).min))
+    x.scatter_(1, best, x.gather(1, best).clamp(min=torch.finfo(torch.float32).min))
 
 
 def _best_allowed(x: Tensor, no_choice: Tensor | None) -> Tensor:
     """Column of the best logit outside `no_choice`, [rows, 1]."""
     if no_choice is None:
         return x.argmax(1, keepdim=True)
-    # Unused entries (-1) fall into a column of their own, past the vocabulary.
-    forbidden = torch.zeros(x.shape[0], x.shape[1] + 1, dtype=torch.bool, device=x.device)
-    forbidden.scatter_(1, torch.where(no_choice < 0, x.shape[1], no_choice), True)
+    # Ids that are no column (-1, or past the last) fall into a column of their own, past the vocabulary.
+    vocab = x.shape[1]
+    forbidden = torch.zeros(x.shape[0], vocab + 1, dtype=torch.bool, device=x.device)
+    forbidden.scatter_(1, torch.where(no_choice < 0, vocab, no_choice).clamp_(max=vocab), True)
     eligible = x.clamp(min=torch.finfo(torch.float32).min)
     return eligible.masked_fill_(forbidden[:, :-1], float("-inf")).argmax(1, keepdim=True)
+
+
+def _check(
+    logits: Tensor, temperature: Tensor | None, top_k: Tensor | None, top_p: Tensor | None, no_choice: Tensor | None
+) -> None:
+    if logits.dim() != 2 or not logits.dtype.is_floating_point or logits.shape[1] == 0:
+        raise ValueError(
+            f"logits must be floating [rows, vocab] with at least one column, got {logits.dtype} {list(logits.shape)}"
+        )
+    rows = logits.shape[0]
+    for name, tensor in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
+        if tensor is None:
+            continue
+        floating = name != "top_k"
+        if tensor.shape != (rows,) or tensor.dtype.is_floating_point != floating or tensor.dtype == torch.bool:
+            raise ValueError(
+                f"{name} must be {'floating' if floating else 'integer'} [{rows}], got {tensor.dtype} {list(tensor.shape)}"
+            )
+        if tensor.device != logits.device:
+            refuse_devices(logits=logits, **{name: tensor})
+    if no_choice is None:
+        return
+    if no_choice.dim() != 2 or no_choice.shape[0] != rows or no_choice.dtype != torch.int64:
+        raise ValueError(
+            f"no_choice must be int64 [{rows}, n], padded with -1, got {no_choice.dtype} {list(no_choice.shape)}"
+        )
+    if no_choice.device != logits.device:
+        refuse_devices(logits=logits, no_choice=no_choice)

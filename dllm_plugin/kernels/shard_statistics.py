@@ -20,6 +20,7 @@ from dllm_plugin.kernels.confidence import (
     BEST_LOGIT,
     ENTROPY_EPSILON,
     MAXIMUM,
+    NUM_STATISTICS,
     OTHER,
     SCORE,
     SUM,
@@ -36,7 +37,7 @@ from dllm_plugin.kernels.confidence import (
     rows_per_block,
     temper,
 )
-from dllm_plugin.kernels.dispatch import use_triton
+from dllm_plugin.kernels.dispatch import refuse_devices, use_triton
 
 
 def shard_statistics(
@@ -96,6 +97,14 @@ def shard_entropy(
     tempered: Tensor | None = None,
 ) -> Tensor:
     """This rank's share [rows] of the entropy; the sum over the ranks is the entropy of the whole rows."""
+    check_arguments(logits, None, no_mass, temperature, tempered)
+    if statistics.shape[1:] != (logits.shape[0], NUM_STATISTICS) or statistics.dtype != torch.float32:
+        raise ValueError(
+            f"statistics must be float32 [shards, {logits.shape[0]}, {NUM_STATISTICS}], those of all ranks stacked, got "
+            f"{statistics.dtype} {list(statistics.shape)}"
+        )
+    if statistics.device != logits.device:
+        refuse_devices(logits=logits, statistics=statistics)
     merged = _reduce(statistics)
     if use_triton(logits.device.type):
         entropy = logits.new_empty(logits.shape[0], dtype=torch.float32)

@@ -1,13 +1,14 @@
 """Writes the keys and values of a step into their pages of the KV cache.
 
 `slot_mapping[token]` is `page * page_size + offset`; a negative slot is skipped (padding). Values are stored in the dtype
-of the cache. Two tokens must not share a slot. Reference and kernel agree exactly.
+of the cache. Two tokens must not share a slot. A page holds a multiple of 16 tokens, as vLLM's do. Reference and kernel
+agree exactly.
 """
 
 import torch
 from torch import Tensor
 
-from dllm_plugin.kernels.dispatch import tl, triton, use_triton
+from dllm_plugin.kernels.dispatch import refuse_devices, tl, triton, use_triton
 
 
 def split_kv_cache(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
@@ -27,13 +28,22 @@ def split_kv_cache(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
 def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
     """Stores `key` and `value` [tokens, num_kv_heads, head_size] at `slot_mapping` [tokens] int64, in place.
 
-    `key_cache` and `value_cache` [num_pages, page_size, num_kv_heads, head_size] may have any strides over a contiguous last
-    dimension.
+    `key`, `value`, and `key_cache` and `value_cache` [num_pages, page_size, num_kv_heads, head_size] may have any strides over
+    a contiguous last dimension.
     """
+    device = key.device
+    if not (device == value.device == key_cache.device == value_cache.device == slot_mapping.device):
+        refuse_devices(key=key, value=value, key_cache=key_cache, value_cache=value_cache, slot_mapping=slot_mapping)
+    check_cache(key_cache)
     if key.shape != value.shape or key.dim() != 3 or key.shape[1:] != key_cache.shape[2:]:
         raise ValueError(
             f"key and value must both be [tokens, {key_cache.shape[2]}, {key_cache.shape[3]}] to fit the cache "
             f"{list(key_cache.shape)}, got {list(key.shape)} and {list(value.shape)}"
+        )
+    if key.stride(-1) != 1 or value.stride(-1) != 1:
+        raise ValueError(
+            f"key and value need a contiguous last dimension, got strides {key.stride()} and {value.stride()}; "
+            "pass .contiguous() of the one that has not"
         )
     if key_cache.shape != value_cache.shape or key_cache.stride(-1) != 1 or value_cache.stride(-1) != 1:
         raise ValueError(
@@ -45,8 +55,19 @@ def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
         raise ValueError(
             f"slot_mapping must be int64 [{key.shape[0]}], got {slot_mapping.dtype} {list(slot_mapping.shape)}"
         )
-    run = store_kv_triton if use_triton(key.device.type) else store_kv_reference
+    run = store_kv_triton if use_triton(device.type) else store_kv_reference
     run(key, value, key_cache, value_cache, slot_mapping)
+
+
+def check_cache(key_cache: Tensor) -> None:
+    if key_cache.dim() != 4:
+        raise ValueError(
+            f"key_cache must be [num_pages, page_size, num_kv_heads, head_size], got {list(key_cache.shape)}; take it from "
+            "split_kv_cache"
+        )
+    page_size = key_cache.shape[1]
+    if page_size % 16 or not page_size:
+        raise ValueError(f"page_size must be a multiple of 16, got {page_size}; set vLLM's block_size to 16 or 32")
 
 
 def store_kv_reference(
@@ -67,7 +88,7 @@ def store_kv_triton(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: 
         _store_kv_kernel[(tokens,)](
             key, value, key_cache, value_cache, slot_mapping,
             *key.stride()[:2], *value.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3],
-            key_cache.shape[1], num_kv_heads, head_size, triton.next_power_of_2(num_kv_heads * head_size),
+            slot_mapping.stride(0), key_cache.shape[1], num_kv_heads, head_size, triton.next_power_of_2(num_kv_heads * head_size),
         )  # fmt: skip
 
 
@@ -77,12 +98,12 @@ def _store_kv_kernel(
     key_stride_token, key_stride_head, value_stride_token, value_stride_head,
     key_cache_stride_page, key_cache_stride_token, key_cache_stride_head,
     value_cache_stride_page, value_cache_stride_token, value_cache_stride_head,
-    page_size,
+    slot_stride, page_size,
     NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One token a program."""
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slot_mapping_ptr + token)
+    slot = tl.load(slot_mapping_ptr + token * slot_stride)
     if slot >= 0:
         page, offset = slot // page_size, slot % page_size
         item = tl.arange(0, BLOCK)

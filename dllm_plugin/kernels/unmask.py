@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dllm_plugin.kernels import philox
-from dllm_plugin.kernels.dispatch import contiguous, iota, tl, triton, use_triton
+from dllm_plugin.kernels.dispatch import contiguous, iota, refuse_devices, tl, triton, use_triton
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,6 @@ def unmask(
     token: Tensor,
     confidence: Tensor,
     quota: Tensor,
-    final_prefix: Tensor,
     eos_token_id: Tensor | None = None,
     request_start_loc: Tensor | None = None,
     threshold: Tensor | None = None,
@@ -57,13 +56,13 @@ def unmask(
 ) -> Unmasked:
     """Writes tokens into `canvas_tokens` and clears `canvas_masked`, both [max_slots, max_canvas], in place.
 
-    A request is [num_requests]: `slot` (its row of the canvas), `final_prefix` (columns already known to be final) and
-    `eos_token_id` (-1, or None for all: none). Its segments are `request_start_loc` [num_requests + 1]; None: one each.
+    A request is [num_requests]: `slot` (its row of the canvas) and `eos_token_id` (-1, or None for all: none). Its
+    segments are `request_start_loc` [num_requests + 1]; None: one each.
     A segment is [num_segments]: `quota`, `threshold`, `factor`, `alg_temp`, `seed`, `step`; its rows are
     `segment_start_loc` [num_segments + 1]. A row is [rows]: `row_cell` (slot * max_canvas + column, int64), `token`, fp32
-    `confidence`. Slots are distinct, and no column before a `final_prefix` is masked.
+    `confidence`. Slots are distinct.
 
-    Columns past the end of a shorter canvas are not special: the caller keeps them masked or cuts `final_prefix` itself.
+    Columns past the end of a shorter canvas are not special: the caller keeps them masked or cuts the final prefix itself.
     """
     num_requests, num_segments, rows = slot.shape[0], quota.shape[0], token.shape[0]
     if request_start_loc is None and num_segments != num_requests:
@@ -78,7 +77,6 @@ def unmask(
         (
             ("slot", slot, num_requests, None),
             ("request_start_loc", request_start_loc, num_requests + 1, None),
-            ("final_prefix", final_prefix, num_requests, torch.int32),
             ("eos_token_id", eos_token_id, num_requests, torch.int32),
             ("segment_start_loc", segment_start_loc, num_segments + 1, None),
             ("quota", quota, num_segments, torch.int32),
@@ -99,7 +97,7 @@ def unmask(
         run = unmask_triton if use_triton(canvas_tokens.device.type) else unmask_reference
         run(
             canvas_tokens, canvas_masked, slot, request_start_loc, segment_start_loc, row_cell, token, confidence,
-            quota, threshold, factor, alg_temp, seed, step, final_prefix, eos_token_id, result,
+            quota, threshold, factor, alg_temp, seed, step, eos_token_id, result,
         )  # fmt: skip
     return result
 
@@ -119,7 +117,6 @@ def unmask_reference(
     alg_temp: Tensor | None,
     seed: Tensor | None,
     step: Tensor | None,
-    final_prefix: Tensor,
     eos_token_id: Tensor | None,
     result: Unmasked,
 ) -> None:
@@ -182,7 +179,7 @@ def _check(
     canvas_masked: Tensor,
     tensors: tuple[tuple[str, Tensor | None, int, torch.dtype | None], ...],
 ) -> None:
-    """Shapes and dtypes only: the values are on the device. A dtype of None is any integer."""
+    """Shapes, dtypes and devices only: the values are on the device. A dtype of None is any integer."""
     if (
         canvas_tokens.dim() != 2
         or canvas_masked.shape != canvas_tokens.shape
@@ -193,8 +190,15 @@ def _check(
             "canvas_tokens and canvas_masked must both be contiguous [max_slots, max_canvas], the latter bool, got "
             f"{list(canvas_tokens.shape)} and {canvas_masked.dtype} {list(canvas_masked.shape)}"
         )
+    device = canvas_tokens.device
+    if canvas_masked.device != device:
+        refuse_devices(canvas_tokens=canvas_tokens, canvas_masked=canvas_masked)
     for name, tensor, size, dtype in tensors:
-        if tensor is None or (tensor.shape == (size,) and tensor.dtype == dtype):
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            refuse_devices(canvas_tokens=canvas_tokens, **{name: tensor})
+        if tensor.shape == (size,) and tensor.dtype == dtype:
             continue
         if tensor.shape != (size,) or dtype is not None or tensor.dtype.is_floating_point:
             raise ValueError(f"{name} must be {dtype or 'integer'} [{size}], got {tensor.dtype} {list(tensor.shape)}")
@@ -215,14 +219,13 @@ def unmask_triton(
     alg_temp: Tensor | None,
     seed: Tensor | None,
     step: Tensor | None,
-    final_prefix: Tensor,
     eos_token_id: Tensor | None,
     result: Unmasked,
 ) -> None:
     """One launch, one program a request."""
     inputs = contiguous(
         slot, request_start_loc, segment_start_loc, row_cell, token, confidence,
-        quota, threshold, factor, alg_temp, seed, step, final_prefix, eos_token_id,
+        quota, threshold, factor, alg_temp, seed, step, eos_token_id,
     )  # fmt: skip
     rank = torch.empty(confidence.shape, dtype=torch.int32, device=confidence.device)
     _unmask_kernel[slot.shape](
@@ -236,8 +239,7 @@ def unmask_triton(
 def _unmask_kernel(
     canvas_tokens_ptr, canvas_masked_ptr, slot_ptr, request_start_loc_ptr, segment_start_loc_ptr, row_cell_ptr,
     token_ptr, confidence_ptr, quota_ptr, threshold_ptr, factor_ptr, alg_temp_ptr, seed_ptr, step_ptr,
-    final_prefix_ptr, eos_token_id_ptr,
-    rank_ptr, remaining_ptr, new_final_prefix_ptr, first_eos_ptr,
+    eos_token_id_ptr, rank_ptr, remaining_ptr, final_prefix_ptr, first_eos_ptr,
     max_canvas,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
@@ -295,13 +297,13 @@ def _unmask_kernel(
 
     tl.debug_barrier()  # the scans below read what other threads of this program wrote
     open_column = max_canvas
-    first = tl.load(final_prefix_ptr + request)
+    first = 0
     while first < max_canvas:
         column = first + tl.arange(0, COLUMNS)
         masked = tl.load(canvas_masked_ptr + canvas + column, mask=column < max_canvas, other=0)
         open_column = tl.min(tl.where(masked != 0, column, max_canvas), 0)
         first = tl.where(open_column < max_canvas, max_canvas, first + COLUMNS)
-    tl.store(new_final_prefix_ptr + request, open_column)
+    tl.store(final_prefix_ptr + request, open_column)
 
     eos = tl.full((), -1, tl.int32)
     if eos_token_id_ptr is not None:

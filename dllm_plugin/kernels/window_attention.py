@@ -9,9 +9,11 @@ values are in the cache already. A query at position i sees every key in `[0, li
 
 never beyond `visible`. A query that sees no key gets zeros. Sums are fp32 (float64 for float64 inputs); the output has the
 dtype of the query. Results do not depend on the other requests of the batch, nor on the run: nothing is summed
-atomically. `num_heads` is a multiple of `num_kv_heads`. Empty batches and empty windows are allowed.
+atomically. `num_heads` is a multiple of `num_kv_heads`. Empty batches and empty windows are allowed. Query, keys and values
+are contiguous in their last dimension; all other strides are free.
 
-Key j of a request lies in page `block_table[request, j // page_size]` at offset `j % page_size`.
+Key j of a request lies in page `block_table[request, j // page_size]` at offset `j % page_size`; a page holds a multiple of
+16 keys.
 """
 
 from collections.abc import Sequence
@@ -22,7 +24,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm_plugin.kernels.dispatch import HAS_TRITON, device_generation, num_multiprocessors, tl, triton, use_triton
+from dllm_plugin.kernels.dispatch import (
+    HAS_TRITON,
+    contiguous,
+    device_generation,
+    num_multiprocessors,
+    refuse_devices,
+    tl,
+    triton,
+    use_triton,
+)
+from dllm_plugin.kernels.store_kv import check_cache
 
 if HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -61,13 +73,15 @@ def window_attention(
     [num_reqs] int32; `block_table` [num_reqs, max_pages] int32. `max_query_len` and `max_visible` bound the batch's. The `_cpu`
     sequences are host copies of their namesakes; the torch path reads the tensors where they are missing.
     """
-    num_reqs = query_start_loc.shape[0] - 1
+    check_cache(key_cache)
     out = _check_heads(query, key_cache, value_cache, key_cache.shape[2], query_start_loc, out)
-    if key_cache.dim() != 4 or block_table.dim() != 2 or block_table.shape[0] != num_reqs:
+    device, num_reqs = query.device, query_start_loc.shape[0] - 1
+    if block_table.dim() != 2 or block_table.shape[0] != num_reqs or block_table.dtype != torch.int32:
         raise ValueError(
-            f"key_cache must be [num_pages, page_size, num_kv_heads, head_size] and block_table [{num_reqs}, max_pages], "
-            f"got {list(key_cache.shape)} and {list(block_table.shape)}"
+            f"block_table must be int32 [{num_reqs}, max_pages], got {block_table.dtype} {list(block_table.shape)}"
         )
+    if block_table.device != device:
+        refuse_devices(query=query, block_table=block_table)
     if max_visible > block_table.shape[1] * key_cache.shape[1]:
         raise ValueError(
             f"max_visible {max_visible} exceeds the {block_table.shape[1]} pages of {key_cache.shape[1]} in block_table; "
@@ -77,7 +91,9 @@ def window_attention(
     for name, tensor in zip(("window_start", "visible", "prefix_len", "block_length"), per_request, strict=True):
         if tensor.shape != (num_reqs,) or tensor.dtype != torch.int32:
             raise ValueError(f"{name} must be int32 [{num_reqs}], got {tensor.dtype} {list(tensor.shape)}")
-    if use_triton(query.device.type):
+        if tensor.device != device:
+            refuse_devices(query=query, **{name: tensor})
+    if use_triton(device.type):
         return window_attention_triton(
             query, key_cache, value_cache, query_start_loc, *per_request, block_table, max_query_len, max_visible, scale, out
         )  # fmt: skip
@@ -111,11 +127,11 @@ def full_attention(
 
     `query` [tokens, num_heads, head_size]; `key`, `value` [tokens, num_kv_heads, head_size], any token and head strides.
     """
-    out = _check_heads(query, key, value, key.shape[1], query_start_loc, out)
-    if key.shape[0] != query.shape[0] or key.dim() != 3:
+    if key.dim() != 3 or key.shape[0] != query.shape[0]:
         raise ValueError(
             f"key and value must be [{query.shape[0]}, num_kv_heads, head_size] like the query, got {list(key.shape)}"
         )
+    out = _check_heads(query, key, value, key.shape[1], query_start_loc, out)
     if use_triton(query.device.type):
         return full_attention_triton(query, key, value, query_start_loc, max_query_len, scale, out)
     starts = query_start_loc.tolist() if query_start_loc_cpu is None else query_start_loc_cpu
@@ -214,29 +230,35 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 def _check_heads(
     query: Tensor, key: Tensor, value: Tensor, num_kv_heads: int, query_start_loc: Tensor, out: Tensor | None
 ) -> Tensor:
-    """Shapes that both variants share; returns the output buffer."""
+    """What both variants ask of their tensors; returns the output buffer."""
+    device = query.device
+    if not (device == key.device == value.device == query_start_loc.device) or (
+        out is not None and out.device != device
+    ):
+        refuse_devices(query=query, key=key, value=value, query_start_loc=query_start_loc, out=out)
     if query.dim() != 3 or key.shape != value.shape or key.shape[-1] != query.shape[-1]:
         raise ValueError(
             "query must be [tokens, num_heads, head_size], and key and value of one shape with the same head_size, got "
             f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
         )
-    if query.shape[1] % num_kv_heads or (use_triton(query.device.type) and query.shape[2] not in HEAD_SIZES):
+    if query.shape[1] % num_kv_heads or (query.shape[2] not in HEAD_SIZES and use_triton(query.device.type)):
         raise ValueError(
             f"num_heads must be a multiple of num_kv_heads, and head_size one of {HEAD_SIZES} for the Triton kernels, got "
             f"head_size {query.shape[2]}, num_heads {query.shape[1]}, num_kv_heads {num_kv_heads}"
         )
     if query.stride(2) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1:
         raise ValueError(
-            "query, key and value need a contiguous last dimension; pass .contiguous() of the one that has not"
+            f"query, key and value need a contiguous last dimension, got strides {query.stride()}, {key.stride()} and "
+            f"{value.stride()}; pass .contiguous() of the one that has not"
         )
     if query.dtype != key.dtype or query.dtype != value.dtype:
         raise ValueError(f"query, key and value must share a dtype, got {query.dtype}, {key.dtype} and {value.dtype}")
-    if query_start_loc.dim() != 1 or query_start_loc.dtype != torch.int32:
+    if query_start_loc.dim() != 1 or query_start_loc.shape[0] == 0 or query_start_loc.dtype != torch.int32:
         raise ValueError(
             f"query_start_loc must be int32 [num_reqs + 1], got {query_start_loc.dtype} {list(query_start_loc.shape)}"
         )
     if out is None:
-        return torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        return torch.empty(query.shape, dtype=query.dtype, device=device)
     if out.shape != query.shape or out.dtype != query.dtype or out.stride(2) != 1:
         raise ValueError(
             f"out must be like the query, {query.dtype} {list(query.shape)}, got {out.dtype} {list(out.shape)}"
@@ -296,9 +318,10 @@ def window_attention_triton(
     tiling: Tiling | None = None,
     num_splits: int | None = None,
 ) -> Tensor:
+    query_start_loc, *window = contiguous(query_start_loc, window_start, visible, prefix_len, block_length)
     return _launch(
         query, key_cache, value_cache, key_cache.stride(), value_cache.stride(), query_start_loc,
-        (window_start, visible, prefix_len, block_length, block_table, block_table.stride(0)), key_cache.shape[1],
+        (*window, block_table, *block_table.stride()), key_cache.shape[1],
         max_query_len, max_visible, scale, out, tiling, num_splits,
     )  # fmt: skip
 
@@ -315,7 +338,7 @@ def full_attention_triton(
     num_splits: int | None = None,
 ) -> Tensor:
     return _launch(
-        query, key, value, (0, *key.stride()), (0, *value.stride()), query_start_loc, (None,) * 5 + (0,), 0,
+        query, key, value, (0, *key.stride()), (0, *value.stride()), query_start_loc.contiguous(), (None,) * 5 + (0, 0), 0,
         max_query_len, max_query_len, scale, out, tiling, num_splits,
     )  # fmt: skip
 
@@ -361,7 +384,7 @@ def _launch(
     _attention_kernel[(num_tiles, num_kv_heads, num_splits)](
         query, key, value, out, partial, lse, query_start_loc, *window[:5],
         scale * 1.4426950408889634, num_reqs, tokens,
-        *query.stride()[:2], *key_stride[:3], *value_stride[:3], *out.stride()[:2], window[5],
+        *query.stride()[:2], *key_stride[:3], *value_stride[:3], *out.stride()[:2], *window[5:],
         PAGE_SIZE=page_size, GROUP=group, HEAD_SIZE=head_size, ROWS=rows, KEYS=tiling.keys, BLOCK_D=block_d,
         SPLITS=num_splits, DESCRIPTORS=descriptors, num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip
@@ -404,7 +427,7 @@ def _attention_kernel(
     window_start_ptr, visible_ptr, prefix_len_ptr, block_length_ptr, block_table_ptr,
     scale_log2e, num_reqs, tokens,
     q_stride_token, q_stride_head, k_stride_page, k_stride_token, k_stride_head,
-    v_stride_page, v_stride_token, v_stride_head, out_stride_token, out_stride_head, table_stride,
+    v_stride_page, v_stride_token, v_stride_head, out_stride_token, out_stride_head, table_stride, table_stride_page,
     PAGE_SIZE: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
@@ -469,13 +492,13 @@ def _attention_kernel(
     for index in range(first, whole):
         highest, total, acc = _attend_block(
             q, highest, total, acc, index * KEYS, limit, high, scale_log2e, k_source, v_source, table, begin, kv_head,
-            k_stride_page, k_stride_token, v_stride_page, v_stride_token,
+            k_stride_page, k_stride_token, v_stride_page, v_stride_token, table_stride_page,
             PAGE_SIZE, HEAD_SIZE, BLOCK_D, KEYS, DESCRIPTORS, MASKED=False,
         )  # fmt: skip
     for index in range(whole, last):
         highest, total, acc = _attend_block(
             q, highest, total, acc, index * KEYS, limit, high, scale_log2e, k_source, v_source, table, begin, kv_head,
-            k_stride_page, k_stride_token, v_stride_page, v_stride_token,
+            k_stride_page, k_stride_token, v_stride_page, v_stride_token, table_stride_page,
             PAGE_SIZE, HEAD_SIZE, BLOCK_D, KEYS, DESCRIPTORS, MASKED=True,
         )  # fmt: skip
 
@@ -496,7 +519,7 @@ def _attention_kernel(
 @triton.jit
 def _attend_block(
     q, highest, total, acc, key_start, limit, high, scale_log2e, k_source, v_source, table, begin, kv_head,
-    k_stride_page, k_stride_token, v_stride_page, v_stride_token,
+    k_stride_page, k_stride_token, v_stride_page, v_stride_token, table_stride_page,
     PAGE_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
     DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -505,7 +528,8 @@ def _attend_block(
     PRECISION: tl.constexpr = "tf32x3" if BLOCK_D <= 128 else "ieee"
     key = key_start + tl.arange(0, KEYS)
     if PAGE_SIZE > 0:
-        page = tl.load(table + key // PAGE_SIZE, mask=(key < high) if MASKED else None, other=0 if MASKED else None)
+        entry = table + key // PAGE_SIZE * table_stride_page
+        page = tl.load(entry, mask=(key < high) if MASKED else None, other=0 if MASKED else None)
         place, within = page.to(tl.int64), key % PAGE_SIZE
     else:
         place, within = 0, begin.to(tl.int64) + key

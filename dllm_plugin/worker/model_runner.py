@@ -28,7 +28,8 @@ from dllm_plugin.worker.batch import BatchBuilder, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
 
 # Rows of logits are computed in chunks of about this size, whatever the batch asks for.
-LOGITS_CHUNK_BYTES = 512 * 2**20
+LOGITS_CHUNK_BYTES = 256 * 2**20
+FILTER_BYTES = 16 * 2**20  # of float32 logits that are sorted at once
 
 
 class DiffusionModelRunner(AdapterMixin):
@@ -129,7 +130,7 @@ class DiffusionModelRunner(AdapterMixin):
         temperature = state.temperature[slot] if needs.sampling else None
         seed, step = (state.seed[slot], batch.step[batch.row_request[rows]].long()) if needs.noise else (None, None)
         if needs.filters:
-            logits, temperature = self.filter(logits, slot, temperature, no_choice)
+            self.filter(logits, slot, no_choice)
         statistics = confidence(
             logits,
             no_choice=no_choice,
@@ -154,21 +155,18 @@ class DiffusionModelRunner(AdapterMixin):
             ranking = value if ranking is None else torch.where(mine, value, ranking)
         return statistics.token, ranking
 
-    def filter(
-        self, logits: torch.Tensor, slot: torch.Tensor, temperature: torch.Tensor | None, no_choice: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits with top-k and top-p applied in the rows that ask for it, and the temperature left to be applied."""
-        top_k, top_p = self.state.top_k[slot], self.state.top_p[slot]
-        rows = ((top_k > 0) | (top_p < 1)).nonzero().squeeze(1)
-        if len(rows) == 0:
-            return logits, temperature
-        logits = logits.float()
-        logits[rows] = filter_top_k_top_p(
-            logits[rows], self.state.temperature[slot[rows]], top_k[rows], top_p[rows], no_choice=no_choice[rows]
+    def filter(self, logits: torch.Tensor, slot: torch.Tensor, no_choice: torch.Tensor) -> None:
+        """Sets to -inf what top-k and top-p take out of the rows that ask for it; other columns keep their bits."""
+        top_k, top_p, temperature = (
+            per_slot[slot] for per_slot in (self.state.top_k, self.state.top_p, self.state.temperature)
         )
-        if temperature is not None:
-            temperature[rows] = temperature[rows].sign()
-        return logits, temperature
+        asked = ((top_k > 0) | (top_p < 1)).nonzero().squeeze(1)
+        for rows in asked.split(max(1, FILTER_BYTES // (4 * logits.shape[1]))):
+            mine = logits[rows]
+            kept = filter_top_k_top_p(mine, temperature[rows], top_k[rows], top_p[rows], no_choice=no_choice[rows])
+            # the best choice stays above all others where it was taken out too: one must be chosen, with probability 0
+            mine.masked_fill_(kept <= torch.finfo(kept.dtype).min, torch.finfo(mine.dtype).min / 2)
+            logits[rows] = mine.masked_fill_(kept.isneginf(), -torch.inf)
 
     def unmask(self, batch: StepBatch, token: torch.Tensor, ranking: torch.Tensor) -> Unmasked:
         """Write the tokens of the best-ranked rows into their canvases."""
@@ -189,7 +187,6 @@ class DiffusionModelRunner(AdapterMixin):
             alg_temp=state.alg_temp[batch.slots[block_request]] if random_order else None,
             seed=state.seed[batch.slots[block_request]] if random_order else None,
             step=batch.step[block_request].long() if random_order else None,
-            final_prefix=batch.final_prefix,
             eos_token_id=None,  # vLLM's scheduler looks for the end of a response
         )
 
@@ -272,7 +269,7 @@ class DiffusionModelRunner(AdapterMixin):
 
     @torch.inference_mode()
     def profile_run(self, randomize_inputs: bool = False) -> None:
-        """The largest step: a full token budget, and one chunk of logits."""
+        """The largest step: a full token budget, and one chunk of logits with guidance."""
         num_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
         length = min(num_tokens, self.model_config.max_model_len)
         query_start_loc = [*range(0, num_tokens, length), num_tokens]
@@ -286,7 +283,8 @@ class DiffusionModelRunner(AdapterMixin):
         with set_forward_context(WindowBatch(num_tokens, full), self.vllm_config, num_tokens=num_tokens):
             hidden_states = self.model(input_ids, positions)
         chunk = max(1, LOGITS_CHUNK_BYTES // (self.model.num_embeddings * hidden_states.element_size()))
-        confidence(self.model.compute_logits(hidden_states[:chunk]), margin=True, entropy=True)
+        logits, unconditional = (self.model.compute_logits(hidden_states[:chunk]) for _ in range(2))
+        confidence(unconditional + (logits - unconditional), margin=True, entropy=True)
 
     def sample_tokens(self, grammar_output: Any) -> None:
         raise RuntimeError("execute_model of a diffusion model returns its output itself")

@@ -74,15 +74,15 @@ def shard() -> None:
     launch_statistics(logits, 1001, None, None, None, None, (None,) * 3, True, None, keep=True)
 
 
-def unmask(policies: bool) -> None:
-    tokens, masked = torch.zeros(2, 64, dtype=torch.int32), torch.ones(2, 64, dtype=torch.bool)
+def unmask(policies: bool, integer: torch.dtype) -> None:
+    tokens, masked = torch.zeros(2, 64, dtype=integer), torch.ones(2, 64, dtype=torch.bool)
     row = torch.zeros(4, dtype=torch.int64)
     one, real, long = int32(1), torch.ones(1), torch.ones(1, dtype=torch.int64)
     optional = (real, real, real, long, long) if policies else (None,) * 5
     summary = int32(0, 0, 0)
     unmask_triton(
-        tokens, masked, int32(0), int32(0, 1) if policies else None, int32(0, 4), row, row, torch.rand(4),
-        one, *optional, one, one, Unmasked(summary, *summary.split(1)),
+        tokens, masked, int32(0).to(integer), int32(0, 1) if policies else None, int32(0, 4), row, row, torch.rand(4),
+        one, *optional, one, Unmasked(summary, *summary.split(1)),
     )  # fmt: skip
 
 
@@ -99,17 +99,21 @@ def configurations() -> Iterator[tuple[str, Callable, tuple]]:
                 yield "attention", attention, (head_size, torch.bfloat16, rows, paged, 1)
         for paged in (True, False):
             yield "attention, fp32", attention, (head_size, torch.float32, 64, paged, 1)
-    yield "attention, grouped heads", attention, (128, torch.bfloat16, 7 * 32, True, 1, 7)
-    yield "attention, split", attention, (128, torch.bfloat16, 32, True, 4)
-    yield "attention, fp16", attention, (128, torch.float16, 128, False, 1)
-    for dtype in (torch.bfloat16, torch.float32):
+    for head_size in (80, 128):
+        for group in (4, 7):
+            yield "attention, grouped heads", attention, (head_size, torch.bfloat16, group * 32, True, 1, group)
+        yield "attention, split", attention, (head_size, torch.bfloat16, 32, True, 4)
+    for paged in (True, False):
+        yield "attention, fp16", attention, (128, torch.float16, 128, paged, 1)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for vocab in (126_464, 128):
             for sampled in (False, True):
                 yield "confidence", confidence, (dtype, vocab, sampled, vocab == 126_464)
     yield "shard_statistics", shard, ()
     for policies in (False, True):
-        yield "unmask", unmask, (policies,)
-    for dtype in (torch.bfloat16, torch.float32):
+        for integer in (torch.int32, torch.int64):
+            yield "unmask", unmask, (policies, integer)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         yield "store_kv", store, (dtype, 128)
 
 

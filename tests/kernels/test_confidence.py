@@ -170,6 +170,35 @@ def test_row_stride_and_empty_batch(implementation):
     assert confidence(wide).margin is None and confidence(wide).entropy is None
 
 
+def test_strided_inputs(implementation):
+    """Every tensor that has an entry a row, with other numbers between its own."""
+    logits, row = torch.randn(6, 300) * 2, torch.arange(6)
+    options = {
+        "no_choice": logits.topk(2, 1).indices, "no_mass": ids([5], [6], [7], [8], [9], []),
+        "temperature": torch.tensor([0.0, 0.5, 1.0, 3.0, 0.0, 0.7]), "tempered": row % 3 == 1,
+        "seed": row * 10**10, "position": row + 3, "step": row + 7,
+    }  # fmt: skip
+    whole = confidence(logits, **options, **STATISTICS)
+    strided = {name: torch.stack((t, torch.ones_like(t)), -1)[..., 0] for name, t in options.items()}
+    got = confidence(logits, **strided, **STATISTICS)
+    for name in ("token", "probability", *STATISTICS):
+        assert torch.equal(getattr(got, name), getattr(whole, name)), name
+
+
+@pytest.mark.parametrize("vocab", [40, 1000])
+def test_ids_that_are_no_column_are_ignored(implementation, vocab):
+    logits = torch.randn(4, vocab)
+    top = logits.argmax(1).tolist()
+    no_choice = ids([vocab, top[0]], [vocab + 3, -1], [top[2], -7], [2**40, vocab])
+    no_mass = ids([vocab], [top[1]], [2**40], [0])  # none below 0: another path of torch
+    inside = lambda rows: torch.where(rows < vocab, rows, -1)  # noqa: E731
+    got = confidence(logits, no_choice=no_choice, no_mass=no_mass, **STATISTICS)
+    want = confidence(logits, no_choice=inside(no_choice), no_mass=inside(no_mass), **STATISTICS)
+    for name in ("token", "probability", *STATISTICS):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert got.token[0] != top[0] and got.token[1] == top[1] and got.probability[1] == 0.0
+
+
 @given(
     st.integers(1, 4), st.integers(1, 40), st.integers(0, 2**31), st.booleans(), st.sampled_from([1.0, 8.0]), st.data()
 )
@@ -247,6 +276,11 @@ def test_the_cpu_path_makes_no_large_tensor(sampled):
         ({"temperature": torch.ones(3)}, "temperature needs seed"),
         ({"tempered": torch.ones(3, dtype=torch.bool)}, "pass temperature too"),
         ({"temperature": torch.ones(3, dtype=torch.float64)}, "temperature must be torch.float32"),
+        (
+            {"no_mass": torch.zeros(3, 1, dtype=torch.int64, device="meta")},
+            r"no_mass on 'meta'; pass no_mass.to\('cpu'\)",
+        ),
+        ({"temperature": torch.ones(3, device="meta")}, "logits on 'cpu' and temperature on 'meta'"),
     ],
 )
 def test_refusals(options, message):

@@ -1,5 +1,8 @@
 """filter_top_k_top_p against Dream's sampling code, restated."""
 
+import sys
+from itertools import accumulate
+
 import pytest
 import torch
 
@@ -60,3 +63,51 @@ def test_the_best_allowed_column_survives():
 def test_half_precision_becomes_fp32(dtype):
     got = filter_top_k_top_p(torch.randn(2, 30).to(dtype), None, torch.tensor([3, 4]), None)
     assert got.dtype == torch.float32 and got.isfinite().sum(1).tolist() >= [3, 4]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_blocks_of_rows_change_nothing(monkeypatch, threads):
+    logits = (torch.randn(7, 5000) * 3).to(torch.bfloat16)  # with ties
+    no_choice = torch.stack((logits.float().argmax(1), torch.tensor([-1, 3, -1, 5000, 2**40, 7, -1])), 1)
+    top_k, top_p = torch.tensor([0, 1, 5, 5000, 9000, 100, 0]), torch.tensor([0.5, 1.0, 0.9, 0.0, 0.99, 1.0, 1.0])
+    arguments = logits, torch.linspace(0, 2, 7), top_k, top_p
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    whole = filter_top_k_top_p(*arguments, no_choice=no_choice)
+    for rows in (1, 3):
+        monkeypatch.setattr(sys.modules[filter_top_k_top_p.__module__], "_SCRATCH_BYTES", rows * 24 * 5000)
+        assert torch.equal(filter_top_k_top_p(*arguments, no_choice=no_choice), whole)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(20, 126_464), (40_000, 50)])
+def test_scratch_does_not_grow_with_the_rows(rows, vocab):
+    logits, row = torch.randn(rows, vocab), torch.ones(rows)
+    no_choice = torch.zeros(rows, 1, dtype=torch.int64)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        filter_top_k_top_p(logits, row, row.long() * 5, row * 0.9, no_choice=no_choice)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    assert logits.nbytes < peak < logits.nbytes + 8_000_000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits": torch.zeros(4)}, r"logits must be floating \[rows, vocab\]"),
+        ({"logits": torch.zeros(3, 4, dtype=torch.int64)}, "logits must be floating .* got torch.int64"),
+        ({"logits": torch.zeros(3, 0)}, "at least one column"),
+        ({"temperature": torch.ones(1)}, r"temperature must be floating \[3\], got torch.float32 \[1\]"),
+        ({"temperature": torch.ones(3, dtype=torch.int64)}, "temperature must be floating"),
+        ({"top_k": torch.ones(3)}, "top_k must be integer"),
+        ({"top_k": torch.ones(3, dtype=torch.bool)}, "top_k must be integer"),
+        ({"top_p": torch.ones(3, 1)}, "top_p must be floating"),
+        ({"no_choice": torch.zeros(2, 1, dtype=torch.int64)}, r"no_choice must be int64 \[3, n\]"),
+        ({"top_p": torch.ones(3, device="meta")}, r"logits on 'cpu' and top_p on 'meta'; pass top_p.to\('cpu'\)"),
+        ({"no_choice": torch.zeros(3, 1, dtype=torch.int64, device="meta")}, "no_choice on 'meta'"),
+    ],
+)
+def test_refusals(change, message):
+    arguments = {"logits": torch.zeros(3, 4), "temperature": None, "top_k": None, "top_p": torch.ones(3)}
+    with pytest.raises(ValueError, match=message):
+        filter_top_k_top_p(**arguments | change)

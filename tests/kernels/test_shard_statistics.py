@@ -1,9 +1,12 @@
 """Statistics of vocabulary shards merge to those of the whole row."""
 
+import sys
 from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dllm_plugin.kernels import confidence, merge_statistics, shard_entropy, shard_statistics
 
@@ -35,6 +38,35 @@ def test_merge(implementation, bounds, sampled):
         torch.testing.assert_close(value, getattr(whole, name), rtol=1e-5, atol=1e-5, msg=name)
 
 
+@given(st.data())
+def test_kernel_agrees_with_reference_on_any_shards(data):
+    rows, vocab = data.draw(st.integers(1, 3)), data.draw(st.integers(4, 60))
+    logits = torch.randn(rows, vocab).to(torch.bfloat16) * data.draw(st.sampled_from([1, 8]))  # bf16: ties are common
+    bounds = sorted({0, vocab, *data.draw(st.lists(st.integers(1, vocab - 1), max_size=3))})
+    banned = st.lists(st.integers(-1, vocab - 1), min_size=2, max_size=2)
+    no_choice, no_mass = (torch.tensor([data.draw(banned) for _ in range(rows)]) for _ in range(2))
+    mass, options, row = {"no_mass": no_mass}, {"no_choice": no_choice}, torch.arange(rows)
+    if data.draw(st.booleans()):
+        mass |= {"temperature": torch.full((rows,), 0.7), "tempered": row % 2 == 0}
+        options |= {"seed": row + 10**11, "position": row, "step": row}
+    whole = confidence(logits, **mass, **options, log_probability=True, margin=True, entropy=True)
+    shards = [(first, logits[:, first:last]) for first, last in pairwise(bounds)]
+    for implementation in ("torch", "triton"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                sys.modules[shard_statistics.__module__], "use_triton", lambda _, i=implementation: i == "triton"
+            )
+            statistics = torch.stack(
+                [shard_statistics(shard, vocab_start=first, **mass, **options, margin=True) for first, shard in shards]
+            )
+            entropy = sum(shard_entropy(shard, statistics, vocab_start=first, **mass) for first, shard in shards)
+        merged = merge_statistics(statistics, log_probability=True, margin=True)
+        assert torch.equal(merged.token, whole.token)
+        for name, value in (("probability", merged.probability), ("log_probability", merged.log_probability),
+                            ("margin", merged.margin), ("entropy", entropy)):  # fmt: skip
+            torch.testing.assert_close(value, getattr(whole, name), rtol=1e-5, atol=1e-5, equal_nan=True, msg=name)
+
+
 def test_a_tie_across_shards_takes_the_lowest_index(implementation):
     statistics = torch.stack([shard_statistics(torch.zeros(3, 40), vocab_start=40 * n) for n in range(3)])
     assert merge_statistics(statistics).token.tolist() == [0, 0, 0]
@@ -49,3 +81,18 @@ def test_empty_batch(implementation):
 def test_refuses_columns_that_fp32_cannot_name():
     with pytest.raises(ValueError, match="gather the logits"):
         shard_statistics(torch.zeros(1, 8), vocab_start=2**24)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"statistics": torch.zeros(2, 3, 7)}, r"statistics must be float32 \[shards, 3, 8\]"),
+        ({"statistics": torch.zeros(3, 8)}, "those of all ranks stacked"),
+        ({"statistics": torch.zeros(2, 3, 8, device="meta")}, "logits on 'cpu' and statistics on 'meta'"),
+        ({"no_mass": torch.zeros(3, 1)}, "no_mass must be int64"),
+        ({"tempered": torch.ones(3, dtype=torch.bool)}, "pass temperature too"),
+    ],
+)
+def test_shard_entropy_refusals(change, message):
+    with pytest.raises(ValueError, match=message):
+        shard_entropy(**{"logits": torch.zeros(3, 4), "statistics": torch.zeros(2, 3, 8), "vocab_start": 0, **change})

@@ -18,10 +18,10 @@ INFINITY, NAN = float("inf"), float("nan")
 class Batch:
     """Requests as lists of segments; a segment is (columns, confidences, quota, threshold, factor)."""
 
-    def __init__(self, requests, canvas=24, eos=-1, final_prefix=None, alg_temp=None):
+    def __init__(self, requests, canvas=24, eos=-1, alg_temp=None, integer=INT32):
         self.requests = requests
         segments = [segment for request in requests for segment in request]
-        self.tokens = torch.randint(0, 5, (len(requests) + 2, canvas), dtype=INT32)
+        self.tokens = torch.randint(0, 5, (len(requests) + 2, canvas), dtype=integer)
         self.masked = torch.zeros(len(requests) + 2, canvas, dtype=torch.bool)
         slots = list(range(len(requests) + 1, 1, -1))
         for slot, request in zip(slots, requests, strict=True):
@@ -36,7 +36,7 @@ class Batch:
         ]
         bounds = lambda counts: torch.tensor([0, *counts], dtype=INT32).cumsum(0).to(INT32)  # noqa: E731
         self.arguments = {
-            "slot": torch.tensor(slots, dtype=INT32),
+            "slot": torch.tensor(slots, dtype=integer),
             "request_start_loc": bounds([len(request) for request in requests]),
             "segment_start_loc": bounds([len(columns) for columns, *_ in segments]),
             "row_cell": torch.tensor(cells, dtype=torch.int64),
@@ -45,7 +45,6 @@ class Batch:
             "quota": torch.tensor([segment[2] for segment in segments], dtype=INT32),
             "threshold": torch.tensor([segment[3] for segment in segments], dtype=torch.float32),
             "factor": torch.tensor([segment[4] for segment in segments], dtype=torch.float32),
-            "final_prefix": torch.tensor(final_prefix or [0] * len(requests), dtype=INT32),
             "eos_token_id": torch.full((len(requests),), eos, dtype=INT32),
         }
         if alg_temp is not None:
@@ -86,7 +85,7 @@ class Batch:
                     masked[slot, columns[i]] = False
                 remaining.append(len(columns) - count)
                 index += 1
-            prefix = int(self.arguments["final_prefix"][number])
+            prefix = 0
             while prefix < masked.shape[1] and not masked[slot, prefix]:
                 prefix += 1
             final = tokens[slot, :prefix].tolist()
@@ -171,7 +170,7 @@ def test_final_prefix_and_first_eos(implementation, canvas):
     eos = 105  # the token of column 5
     cases = [([4, 5, 6], 1, [0.9, 0.1, 0.2]), ([4, 5, 6], 2, [0.9, 0.8, 0.2]), ([4, 5, 6], 3, [0.9, 0.8, 0.2])]
     requests = [[(columns, values, quota, INFINITY, 0)] for columns, quota, values in cases]
-    got = Batch(requests, canvas=canvas, eos=eos, final_prefix=[0, 4, 2]).check()
+    got = Batch(requests, canvas=canvas, eos=eos).check()
     assert got.final_prefix.tolist() == [5, 6, canvas] and got.first_eos.tolist() == [-1, 5, 5]
     assert got.summary.shape == (9,) and got.summary.dtype == INT32
 
@@ -182,11 +181,41 @@ def test_an_early_eos_wins(implementation):
     assert batch.check().first_eos.tolist() == [2]
 
 
-@pytest.mark.parametrize("rows", [1, 7, 63, 64, 65, 200])
+@pytest.mark.parametrize("rows", [1, 7, 63, 64, 65, 200, 1000])
 def test_long_segments(implementation, rows):
     values = (torch.randint(0, 20, (rows,)) / 20).tolist()
-    columns = sorted(torch.randperm(300)[:rows].tolist())
-    Batch([[(columns, values, rows // 3, 0.9, 0.7)]] * 2, canvas=300, eos=-1).check()
+    columns = sorted(torch.randperm(1300)[:rows].tolist())
+    Batch([[(columns, values, rows // 3, 0.9, 0.7)]] * 2, canvas=1300, eos=-1).check()
+
+
+REQUESTS = [
+    [(COLUMNS, VALUES, 2, 0.93, 0.45), ([11, 12], [0.3, 0.4], 1, INFINITY, 0)],
+    [([1, 2, 7], [0.5, NAN, 0.8], 1, 0.7, 2.0)],
+]
+
+
+def test_int64_tokens_and_slots(implementation):
+    """As the runner passes them, with an EOS to find among them."""
+    batch = Batch(REQUESTS, eos=104, integer=torch.int64)
+    batch.masked[3, 3] = False
+    got = batch.check()
+    assert batch.tokens.dtype == batch.arguments["slot"].dtype == torch.int64 and got.summary.dtype == INT32
+
+
+@pytest.mark.parametrize("alg_temp", [None, [0.5, 0.0, 2.0]])
+def test_strided_inputs(implementation, alg_temp):
+    batch = Batch(REQUESTS, eos=103, alg_temp=alg_temp)
+    whole = batch.run()
+    batch.arguments = {name: strided(tensor) for name, tensor in batch.arguments.items()}
+    tokens, masked, got = batch.run()
+    assert (
+        torch.equal(tokens, whole[0]) and torch.equal(masked, whole[1]) and torch.equal(got.summary, whole[2].summary)
+    )
+
+
+def strided(tensor):
+    """The same numbers two apart, with others between them."""
+    return torch.stack((tensor, torch.zeros_like(tensor)), -1)[..., 0]
 
 
 def test_alg_temp_orders_by_noise(implementation):
@@ -229,7 +258,7 @@ def test_kernel_agrees_with_reference(data):
         summary = torch.full((segments + 2 * len(requests),), -9, dtype=INT32)
         views = summary.split((segments, len(requests), len(requests)))
         names = ("slot", "request_start_loc", "segment_start_loc", "row_cell", "token", "confidence", "quota",
-                 "threshold", "factor", "alg_temp", "seed", "step", "final_prefix", "eos_token_id")  # fmt: skip
+                 "threshold", "factor", "alg_temp", "seed", "step", "eos_token_id")  # fmt: skip
         run(tokens, masked, *(a.get(name) for name in names), type(batch.run()[2])(summary, *views))
         results.append((tokens, masked, summary))
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
@@ -249,6 +278,8 @@ def test_empty_batch(implementation):
         ({"request_start_loc": None, "slot": torch.zeros(2, dtype=INT32)}, "need request_start_loc"),
         ({"alg_temp": torch.ones(1)}, "needs? seed and step|from seed and step"),
         ({"canvas_masked": torch.zeros(3, 24)}, "canvas_tokens and canvas_masked"),
+        ({"quota": torch.zeros(1, dtype=INT32, device="meta")}, r"quota on 'meta'; pass quota.to\('cpu'\)"),
+        ({"canvas_masked": torch.zeros(3, 24, dtype=torch.bool, device="meta")}, "canvas_masked on 'meta'"),
     ],
 )
 def test_refusals(change, message):

@@ -17,8 +17,8 @@ from dllm_plugin.kernels.window_attention import (
     window_attention_triton,
 )
 
-# bf16 products are wrong in the interpreter
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.float64: 1e-9}
+# bf16 products are wrong in the interpreter: torch only
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float64: 1e-9}
 
 
 def starts(lengths):
@@ -134,7 +134,7 @@ def test_visibility(implementation, windows):
     case.check(case.run())
 
 
-@pytest.mark.parametrize("start", range(0, 20, 3))
+@pytest.mark.parametrize("start", range(16))
 def test_every_alignment(implementation, start):
     case = Case([(7, start, start + 7, 5, 4), (7, start, start + 9, 0, 0)])
     case.check(case.run())
@@ -145,6 +145,14 @@ def test_every_alignment(implementation, start):
 def test_head_sizes(implementation, head_size, dtype):
     case = Case([(9, 12, 21, 0, 0), (5, 20, 25, 6, 8)], head_size=head_size, dtype=dtype)
     case.check(case.run())
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_bf16_on_a_cpu(head_size):
+    case = Case(WINDOWS["mixed_rules"], head_size=head_size, dtype=torch.bfloat16)
+    case.check(case.run())
+    inputs = sequences([20, 33], 8, 2, dtype=torch.bfloat16)
+    check_full(run_full(*inputs, [20, 33]), *inputs, [20, 33])
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 1), (8, 2), (7, 1), (28, 4)])
@@ -186,6 +194,32 @@ def test_any_windows(data):
         case.check(case.kernel(Tiling(16, 16, 4, 2), data.draw(st.integers(1, 3))))
 
 
+def strided(tensor):
+    """The same numbers two apart, with others between them."""
+    return torch.stack((tensor, torch.full_like(tensor, 1)), -1)[..., 0]
+
+
+PER_REQUEST = ("query_start_loc", "window_start", "visible", "prefix_len", "block_length")
+
+
+@pytest.mark.parametrize(
+    "names", [*((name,) for name in (*PER_REQUEST, "block_table")), (*PER_REQUEST, "block_table")], ids=str
+)
+def test_strided_inputs(implementation, names):
+    case = Case(WINDOWS["mixed_rules"])
+    out = torch.full_like(case.query, float("nan"))
+    arguments = case.arguments() | {name: strided(case.arguments()[name]) for name in names}
+    window_attention(case.query, case.key_cache, case.value_cache, out=out, **arguments)
+    case.check(out)
+
+
+def test_every_other_page_of_a_table(implementation):
+    case = Case([(20, 50, 100, 0, 0), (9, 40, 70, 3, 7)])
+    case.block_table = case.block_table.repeat_interleave(2, 1)[:, ::2]
+    assert case.block_table.stride() == (14, 2)
+    case.check(case.run())
+
+
 def test_host_copies_change_nothing():
     case = Case(WINDOWS["mixed_rules"])
     names = ("query_start_loc", "window_start", "visible", "prefix_len", "block_length")
@@ -200,10 +234,10 @@ def sequences(lengths, heads=4, kv_heads=2, head_size=64, dtype=torch.float32):
 
 
 def run_full(query, key, value, lengths, **options):
+    start_loc = {"query_start_loc": torch.tensor(starts(lengths), dtype=torch.int32)}
     return full_attention(
-        query, key, value, query_start_loc=torch.tensor(starts(lengths), dtype=torch.int32),
-        max_query_len=max(lengths, default=0), scale=0.125, out=torch.full(query.shape, float("nan"), dtype=query.dtype),
-        **options,
+        query, key, value, max_query_len=max(lengths, default=0), scale=0.125,
+        out=torch.full(query.shape, float("nan"), dtype=query.dtype), **start_loc | options,
     )  # fmt: skip
 
 
@@ -223,10 +257,35 @@ def test_full_attention(implementation, lengths, heads, kv_heads):
     check_full(run_full(*inputs, lengths), *inputs, lengths)
 
 
+def test_full_attention_of_a_long_request(implementation):
+    inputs = sequences([1000], heads=1, kv_heads=1, head_size=32)
+    check_full(run_full(*inputs, [1000]), *inputs, [1000])
+
+
 @pytest.mark.parametrize("head_size", [32, 80, 96, 128, 256])
 def test_full_attention_head_sizes(implementation, head_size):
     inputs = sequences([20, 5], head_size=head_size, dtype=torch.float16)
     check_full(run_full(*inputs, [20, 5]), *inputs, [20, 5])
+
+
+@given(st.data())
+def test_full_attention_of_any_lengths(data):
+    lengths = data.draw(st.lists(st.integers(0, 25), min_size=1, max_size=3))
+    kv_heads, group = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 5))
+    inputs = sequences(lengths, kv_heads * group, kv_heads, head_size=32)
+    check_full(run_full(*inputs, lengths), *inputs, lengths)
+    out = torch.full(inputs[0].shape, float("nan"))
+    full_attention_triton(
+        *inputs, torch.tensor(starts(lengths), dtype=torch.int32), max(lengths), 0.125, out,
+        tiling=Tiling(16, 16, 4, 2), num_splits=data.draw(st.integers(1, 3)),
+    )  # fmt: skip
+    check_full(out, *inputs, lengths)
+
+
+def test_full_attention_of_strided_starts(implementation):
+    inputs, lengths = sequences([20, 40]), [20, 40]
+    start_loc = strided(torch.tensor(starts(lengths), dtype=torch.int32))
+    check_full(run_full(*inputs, lengths, query_start_loc=start_loc), *inputs, lengths)
 
 
 def test_full_attention_of_values_that_no_descriptor_describes(implementation):
@@ -310,31 +369,48 @@ def test_pointers_do_where_there_are_no_descriptors(monkeypatch):
         ({"query": torch.zeros(8, 3, 64)}, "num_heads must be a multiple of num_kv_heads"),
         ({"query": torch.zeros(8, 4, 64, dtype=torch.float16)}, "share a dtype"),
         ({"query": torch.zeros(8, 4, 128)[..., ::2]}, "contiguous last dimension"),
-        ({"block_table": torch.zeros(2, 3, dtype=torch.int32)}, r"block_table \[1, max_pages\]"),
+        ({"block_table": torch.zeros(2, 3, dtype=torch.int32)}, r"block_table must be int32 \[1, max_pages\]"),
+        ({"block_table": torch.zeros(1, 3)}, "block_table must be int32 .* got torch.float32"),
+        ({"block_table": torch.zeros(1, 3, dtype=torch.bool)}, "block_table must be int32 .* got torch.bool"),
+        (
+            {"block_table": torch.zeros(1, 3, dtype=torch.int32, device="meta")},
+            r"block_table on 'meta'; pass block_table.to\(",
+        ),
+        ({"visible": torch.zeros(1, dtype=torch.int32, device="meta")}, "query on 'cpu' and visible on 'meta'"),
+        ({"query_start_loc": torch.zeros(2, dtype=torch.int32, device="meta")}, "query_start_loc on 'meta'"),
+        ({"out": torch.zeros(8, 4, 64, device="meta")}, "out on 'meta'"),
+        ({"key_cache": torch.zeros(32, 2, 64)}, r"key_cache must be \[num_pages, page_size, .* got \[32, 2, 64\]"),
+        ({"key_cache": torch.zeros(64)}, r"key_cache must be .* got \[64\]"),
+        ({"key_cache": torch.zeros(2, 8, 2, 64)}, "page_size must be a multiple of 16, got 8"),
+        ({"key_cache": torch.zeros(2, 0, 2, 64)}, "page_size must be a multiple of 16, got 0"),
+        ({"query_start_loc": torch.zeros(0, dtype=torch.int32)}, "query_start_loc must be int32"),
         ({"query_start_loc": torch.tensor([0, 8])}, "query_start_loc must be int32"),
         ({"max_visible": 1000}, "max_visible 1000 exceeds"),
         ({"visible": torch.zeros(1)}, r"visible must be int32 \[1\]"),
         ({"out": torch.zeros(8, 4, 32)}, "out must be like the query"),
     ],
 )
-def test_refusals(change, message):
+def test_refusals(implementation, change, message):
     case = Case([(8, 0, 8, 0, 0)])
     arguments = {"query": case.query, "key_cache": case.key_cache, "value_cache": case.value_cache}
     with pytest.raises(ValueError, match=message):
         window_attention(**arguments | case.arguments() | change)
 
 
-def test_full_attention_refuses_other_tokens():
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": torch.zeros(4, 2, 64), "value": torch.zeros(4, 2, 64)}, r"key and value must be \[8,"),
+        ({"key": torch.zeros(8), "value": torch.zeros(8)}, r"key and value must be \[8,"),
+        ({"value": torch.zeros(8, 2, 128)[..., ::2]}, "contiguous last dimension"),
+        ({"value": torch.zeros(8, 2, 64, device="meta")}, "query on 'cpu' and value on 'meta'"),
+        ({"query_start_loc": torch.zeros(2, dtype=torch.int32, device="meta")}, "query_start_loc on 'meta'"),
+    ],
+)
+def test_full_attention_refusals(implementation, change, message):
     query, key, value = sequences([8])
-    with pytest.raises(ValueError, match=r"key and value must be \[8,"):
-        full_attention(
-            query,
-            key[:4],
-            value[:4],
-            query_start_loc=torch.tensor([0, 8], dtype=torch.int32),
-            max_query_len=8,
-            scale=1.0,
-        )
+    with pytest.raises(ValueError, match=message):
+        run_full(**{"query": query, "key": key, "value": value, "lengths": [8], **change})
 
 
 def test_the_kernel_takes_a_tiling():
