@@ -1,6 +1,7 @@
 """What the decoding strategies cost and give: accuracy beside speed, on the held-out tasks of the bundled checkpoints.
 
     python benchmarks/strategies.py --questions 200
+    python benchmarks/strategies.py --table FILE    # the table of docs/performance.md out of a result that --json wrote
 
 For each checkpoint a table of caches × ways to choose how much a step unmasks: share of exactly right answers, forward
 passes (NFE) of an answer, tokens per forward pass (TPF), tokens a second, most KV blocks in use. Then the drift of each
@@ -288,6 +289,23 @@ def print_row(row: Row) -> None:
     )
 
 
+def table(result: dict[str, Any]) -> str:
+    """The rows of a result that the headline figures compare, as Markdown."""
+    lines = [
+        "| checkpoint | decoder | unmasks | batch | right | NFE | TPF | tokens/s | KV blocks |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for values in result["rows"]:
+        row = Row(**values)
+        if row.pace in (ONE_A_STEP, HEADLINE, "accept 0.9"):
+            blocks = "" if row.kv_blocks is None else row.kv_blocks
+            lines.append(
+                f"| {row.checkpoint} | {row.decoder} | {row.pace} | {row.batch} | {row.accuracy:.1f} % | {row.nfe:.1f} "
+                f"| {row.tokens_per_forward:.2f} | {row.tokens_per_second:.0f} | {blocks} |"
+            )
+    return "\n".join(lines)
+
+
 def headline(rows: Sequence[Row]) -> dict[str, float | None]:
     """The figures to reach, each the worst over checkpoints (and batch sizes); None where nothing was run."""
 
@@ -354,8 +372,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="best time of so many runs (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the questions (default: %(default)s)")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "accuracy_over_tpf.png", help="file to write")
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--table", type=Path, help="print the table of this result as Markdown, measure nothing")
     parser.add_argument("--quick", action="store_true", help="a few questions and one threshold: does it run at all?")
     args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text())))
+        return
     if args.quick:
         args.questions, args.few, args.repeats = min(args.questions, 16), 2, 1
     thresholds = (0.9,) if args.quick else (0.7, 0.8, 0.9, 0.95)
@@ -380,7 +403,10 @@ def main() -> None:
             rows += measure_all(engine, paces, asked, args.few, args.repeats)
             drifts[name] = report_drift(engine, asked, args.block_length)
     plot(rows, args.plot)
-    print(json.dumps(headline(rows) | {"drift": drifts, "rows": [vars(row) for row in rows]}))
+    result = headline(rows) | {"drift": drifts, "rows": [vars(row) for row in rows]}
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

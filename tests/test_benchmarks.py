@@ -40,3 +40,14 @@ def test_strategies(tmp_path: Path):
     )
     assert 0 < none["tokens_per_forward"] <= 1 and dual["kv_blocks"] > 0
     assert all(0 <= share <= 1 for drifts in result["drift"].values() for share in drifts.values())
+
+
+def test_the_documented_table_is_the_recorded_one():
+    recorded = BENCHMARKS / "results" / "cpu-strategies.json"
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "strategies.py"), "--table", str(recorded)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    table = done.stdout[done.stdout.index("| checkpoint |") :].strip()
+    assert len(table.splitlines()) > 25
+    assert table in (BENCHMARKS.parent / "docs" / "performance.md").read_text()
