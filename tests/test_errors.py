@@ -217,6 +217,20 @@ def test_the_admission_class_of_a_model_travels_by_name():
         _ = admission.DiffusionAdmission_1_x
 
 
+def test_whatever_a_tokenizer_raises_ends_its_request_alone(monkeypatch):
+    llm = engine("llada")
+
+    def fail(params):
+        raise TypeError("no such text")
+
+    monkeypatch.setattr(scheduler(llm), "_suffix_ids", lambda params: fail(params) if params.suffix else [])
+    params = SamplingParams(max_tokens=4, detokenize=False, extra_args={"diffusion_suffix": [5]})
+    case = Case("llada", "low_confidence", 6, prompt=5)
+    outputs, _ = drive(llm, [(PROMPT, params), case.request])
+    assert outputs[0].outputs[0].finish_reason == "error"
+    assert not difference(case, outputs[1])
+
+
 @pytest.mark.parametrize("seed", ["a", 1.5])
 def test_a_seed_is_a_number(seed):
     llm = engine("llada")

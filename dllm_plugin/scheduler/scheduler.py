@@ -60,7 +60,8 @@ class DiffusionScheduler(Scheduler):
             except Exception as error:
                 # only known with prompt and model at hand; an exception here would end the engine for everyone, so
                 # the request runs a step without what is wrong and vLLM then ends it with finish_reason "error"
-                logger.warning("Request %s cannot be served: %s", request.request_id, error)
+                unforeseen = not isinstance(error, ValueError)  # a tokenizer's own error, say: its traceback is wanted
+                logger.warning("Request %s cannot be served: %s", request.request_id, error, exc_info=unforeseen)
                 self.grammar_compile_error_reqs.add(request.request_id)
                 request.resumable = False
                 denoising = self._begin_denoising(request, DiffusionParams(remasking=self.defaults.remasking))
