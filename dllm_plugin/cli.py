@@ -114,7 +114,8 @@ def run_demo(args: argparse.Namespace) -> None:
         loading = time.perf_counter()
         llm = load(name)
         loading = time.perf_counter() - loading
-        answers = [*answer_questions(llm, args.questions, args.max_tokens, extras)]
+        decoding = checkpoints.DECODING.get(name, {}) | extras
+        answers = [*answer_questions(llm, args.questions, args.max_tokens, decoding)]
         llm.llm_engine.engine_core.shutdown()
         print_answers(f"{name} (loaded in {loading:.1f} s)", answers)
         num_right += sum(answer.is_right for answer in answers)

@@ -34,6 +34,13 @@ def test_the_demo_answers_questions_through_the_engine() -> None:
     assert len(process.stderr.splitlines()) <= 3, process.stderr
 
 
+def test_the_demo_decodes_tiny_d2f_as_it_was_trained() -> None:
+    process = run("demo", "--checkpoint", "tiny-d2f", "--questions", "6")
+    assert "6 of 6 answers right" in process.stdout
+    rows = [line.split("│")[1:-1] for line in process.stdout.splitlines() if line.startswith("│")]
+    assert all(int(row[3]) < 8 for row in rows), "one token a step takes as many passes as there are tokens"
+
+
 @pytest.mark.parametrize("name", ["no-such-checkpoint", "."])
 def test_a_checkpoint_that_is_none_is_refused(name: str, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["demo", "--checkpoint", name]) == 1

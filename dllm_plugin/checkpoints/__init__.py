@@ -7,6 +7,9 @@ from pathlib import Path
 
 NAMES = ("tiny-llada", "tiny-dream", "tiny-d2f")
 
+# Extras that a checkpoint wants where nothing else is asked for: tiny-d2f has only learnt block-causal attention.
+DECODING: dict[str, dict[str, str]] = {"tiny-d2f": {"diffusion_strategy": "d2f"}}
+
 
 def path(name: str) -> Path:
     """The folder of the checkpoint `name`, to be given to vLLM as the model."""
