@@ -121,13 +121,22 @@ def test_guidance_beside_adapters(engine, adapted):
             assert list(output.outputs[0].token_ids) == expected
 
 
-def test_whom_vllm_lets_pass_counts_against_the_budget(engine, adapted):
+def test_whom_vllm_lets_pass_counts_against_the_budget(engine, adapted, monkeypatch):
     """With room for one adapter, a request with another waits and vLLM admits who is behind it."""
     base, models, requests = adapted
     llm = engine(
         base, skip_tokenizer_init=True, enable_lora=True, max_loras=1, max_lora_rank=RANK, max_model_len=128,
         max_num_batched_tokens=128,
     )  # fmt: skip
+    inside, forwarded = llm.llm_engine.engine_core.engine_core.scheduler, []
+    schedule = inside.schedule
+
+    def counted(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        forwarded.append(sum(window.end - window.start for window in output.windows.values()))
+        return output
+
+    monkeypatch.setattr(inside, "schedule", counted)
     asked = [([11] * 60, 24, 1), ([12] * 10, 8, 2), ([13] * 90, 20, 0)]  # the last does not fit beside the first
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt, _, _ in asked],
@@ -136,6 +145,7 @@ def test_whom_vllm_lets_pass_counts_against_the_budget(engine, adapted):
     )  # fmt: skip
     for output, (prompt, tokens, i) in zip(outputs, asked, strict=True):
         assert list(output.outputs[0].token_ids) == llada.generate(models[i], prompt, tokens, tokens, tokens).tokens
+    assert 84 <= max(forwarded) <= 128
 
 
 def test_the_lowest_rank(engine, adapted):
