@@ -452,13 +452,26 @@ def store_kv_cases(limits: dict[str, float], quick: bool) -> list[dict]:
     return rows
 
 
+def error_beside_nan(shape: tuple[int, int, int]) -> float:
+    """Infinite where a request sees anything of the one after it."""
+    sequences = Sequences(shape, [200, 70])
+    clean = sequences()[:200].clone()
+    sequences.key[200:], sequences.value[200:] = math.nan, math.nan
+    return 0.0 if torch.equal(clean, sequences()[:200]) else math.inf
+
+
 def check() -> dict[str, float]:
     """Errors of small cases of every kernel, ragged and at odd sizes."""
     errors = {}
     for shape in ((4, 4, 128), (7, 1, 80), (8, 2, 64)):
-        windows = [(33, 100, 8, 20), (1, 65, 0, 0), (8, 63, 0, 0), (0, 5, 0, 0)]
-        errors[f"window_attention {shape}"] = Windows(shape, windows, 16, "cuda").error()
+        few = [(33, 100, 8, 20), (1, 65, 0, 0), (8, 63, 0, 0), (0, 5, 0, 0)]
+        many = [(130, 300, 8, 20), (200, 263, 0, 0), (140, 140, 4, 140), *few]
+        for page_size, windows in ((16, few), (16, many), (48, many)):
+            name = f"window_attention {shape}, {windows[0][0]} queries, pages of {page_size}"
+            errors[name] = Windows(shape, windows, page_size, "cuda").error()
         errors[f"full_attention {shape}"] = Sequences(shape, [100, 1, 63]).error()
+        errors[f"full_attention {shape}, many"] = Sequences(shape, [300, 1, 0, 256, 63]).error()
+        errors[f"full_attention {shape}, beside NaN"] = error_beside_nan(shape)
     logits = torch.randn(5, 9001, device="cuda").to(torch.bfloat16)
     row = torch.arange(5, device="cuda")
     errors["confidence"] = confidence_error(logits, row[:, None])

@@ -26,7 +26,16 @@ import torch
 from torch import Tensor
 
 from dllm_plugin.kernels import philox
-from dllm_plugin.kernels.dispatch import contiguous, num_multiprocessors, refuse_devices, tl, triton, use_triton
+from dllm_plugin.kernels.dispatch import (
+    INTERPRETED,
+    contiguous,
+    device_generation,
+    num_multiprocessors,
+    refuse_devices,
+    tl,
+    triton,
+    use_triton,
+)
 
 ENTROPY_EPSILON = 1e-10  # Dream's
 _SCRATCH_BYTES = 2_000_000
@@ -295,7 +304,8 @@ def check_arguments(
 # element costs a conversion, two comparisons and an exponential and nothing crosses threads inside the loop, and finds the
 # winning column at the end by reading its eight again. It leaves seven numbers, which a second kernel merges in the order
 # of the columns. Nothing is summed atomically. Column ids travel as fp32, exact below 2**24.
-_TILE, _TILE_WARPS = 4096, 4
+_TILE, _TILE_WARPS = 1024, 4
+_PARTS_PER_MULTIPROCESSOR = 16  # as many as run at a time: more of them only repeat the work at the ends of a part
 _PARTIALS = 7  # score, token, maximum, sum, best logit, best column, best of the others
 # What `shard_statistics` returns for a row, and the merge of its tiles leaves.
 SCORE, TOKEN, TOKEN_LOGIT, MAXIMUM, SUM, BEST, BEST_LOGIT, OTHER = range(8)
@@ -351,11 +361,13 @@ def launch_statistics(
     tile, tiles, parts = _split_rows(logits, vocab_start)
     partial = logits.new_empty((rows, _PARTIALS, parts), dtype=torch.float32)
     num_no_choice, num_no_mass = (0 if ids is None else ids.shape[1] for ids in (no_choice, no_mass))
+    # From capability 9 on the second kernel is launched while the first one ends, and waits for it on the device.
+    early = device_generation(logits.device) >= 9 and not INTERPRETED
     _part_kernel[(rows * parts,)](
         logits, logits.stride(0), no_choice, no_mass, temperature, tempered, *noise, partial,
         vocab, vocab_start, tiles, parts,
         NO_CHOICE=num_no_choice, NO_MASS=num_no_mass, MARGIN=margin, TOKEN_STREAM=philox.TOKEN,
-        PARTIALS=_PARTIALS, OFFSET=vocab_start % 4, BLOCK=tile,
+        PARTIALS=_PARTIALS, OFFSET=vocab_start % 4, BLOCK=tile, EARLY=early,
         num_warps=max(tile * _TILE_WARPS // _TILE, 1),
     )  # fmt: skip
     outputs = (None,) * 4
@@ -365,8 +377,8 @@ def launch_statistics(
         partial, logits, logits.stride(0), no_mass, temperature, tempered, statistics, *outputs,
         vocab_start, parts,
         NO_MASS=num_no_mass, MARGIN=margin, STATISTICS=NUM_STATISTICS, PARTIALS=_PARTIALS,
-        BLOCK=triton.next_power_of_2(parts),
-        num_warps=1,
+        BLOCK=triton.next_power_of_2(parts), EARLY=early,
+        num_warps=1, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return statistics
 
@@ -402,9 +414,9 @@ def _split_rows(logits: Tensor, vocab_start: int) -> tuple[int, int, int]:
     columns = vocab + vocab_start % 4
     tile = min(_TILE, max(triton.next_power_of_2(columns), 128))
     tiles = triton.cdiv(columns, tile)
-    # One wave of programs: more of them only repeat the work at the ends of a part.
-    per_part = min(max(triton.cdiv(rows * tiles, 8 * num_multiprocessors(logits.device)), 1), tiles)
-    return tile, per_part, triton.cdiv(tiles, per_part)
+    slots = _PARTS_PER_MULTIPROCESSOR * num_multiprocessors(logits.device)
+    parts = triton.cdiv(tiles, min(max(triton.cdiv(rows * tiles, slots), 1), tiles))
+    return tile, triton.cdiv(tiles, parts), parts
 
 
 @triton.jit
@@ -448,7 +460,7 @@ def _part_kernel(
     step_ptr, partial_ptr,
     vocab, vocab_start, tiles, parts,
     NO_CHOICE: tl.constexpr, NO_MASS: tl.constexpr, MARGIN: tl.constexpr, TOKEN_STREAM: tl.constexpr,
-    PARTIALS: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr,
+    PARTIALS: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The seven numbers of one part of one row."""
     GROUPS: tl.constexpr = BLOCK // 8
@@ -535,6 +547,8 @@ def _part_kernel(
             close_score += temperature * philox.gumbel_from_bits_block(bits)
             score, chosen = drawn_score, _first_of_eight(close_score, close)
 
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     out = partial_ptr + row * PARTIALS * parts + part
     maximum = tl.max(peak, 0)
     tl.store(out, score)
@@ -558,8 +572,11 @@ def _merge_kernel(
     token_ptr, probability_ptr, log_probability_ptr, margin_ptr,
     vocab_start, parts,
     NO_MASS: tl.constexpr, MARGIN: tl.constexpr, STATISTICS: tl.constexpr, PARTIALS: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Merges the parts of one row."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK)
     inside = part < parts

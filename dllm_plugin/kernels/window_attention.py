@@ -8,9 +8,10 @@ values are in the cache already. A query at position i sees every key in `[0, li
 * otherwise the end of its own block, blocks of `block_length` counted from `prefix_len`;
 
 never beyond `visible`. A query that sees no key gets zeros. Sums are fp32 (float64 for float64 inputs); the output has the
-dtype of the query. Results do not depend on the other requests of the batch, nor on the run: nothing is summed
-atomically. `num_heads` is a multiple of `num_kv_heads`. Empty batches and empty windows are allowed. Query, keys and values
-are contiguous in their last dimension; all other strides are free.
+dtype of the query. A request sees nothing of the others, and nothing is summed atomically; on a GPU the size of a batch
+decides over how many programs the keys of a request are split, which may change the last bit. `num_heads` is a multiple of
+`num_kv_heads`. Empty batches and empty windows are allowed. Query, keys and values are contiguous in their last
+dimension; all other strides are free.
 
 Key j of a request lies in page `block_table[request, j // page_size]` at offset `j % page_size`; a page holds a multiple of
 16 keys.
@@ -35,11 +36,16 @@ from dllm_plugin.kernels.dispatch import (
     use_triton,
 )
 from dllm_plugin.kernels.store_kv import check_cache
+from dllm_plugin.kernels.tiles import find_request, key_limit
 
 if HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
 else:
     TensorDescriptor = None
+try:
+    from dllm_plugin.kernels import hopper_attention
+except ImportError:  # no Triton, or one without Gluon
+    hopper_attention = None
 
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 _GATHER_BYTES = 1 << 20  # keys and values gathered at a time: they stay in the cache until they are used
@@ -271,7 +277,8 @@ def _check_heads(
 # A program computes one tile of queries of one request for the heads that share a key-value head: its rows are
 # (token, head of the group), so that a window of a few tokens still fills the matrix unit. Which request a tile belongs
 # to is found on the device, so one launch serves any mix and needs no host copy of the lengths. When that leaves the
-# device idle, several programs share the keys of a tile and a second kernel combines them, in a fixed order.
+# device idle, several programs share the keys of a tile and a second kernel combines them, in a fixed order. Many queries
+# on compute capability 9 have a kernel of their own, hopper_attention.py.
 
 
 @dataclass(frozen=True)
@@ -366,33 +373,44 @@ def _launch(
         return out
     group = num_heads // num_kv_heads
     generation = device_generation(query.device)
+    on_hopper = (
+        tiling is None
+        and hopper_attention is not None
+        and hopper_attention.fits(query, key, value, max_query_len * group, generation)
+    )
     tiling = tiling or choose_tiling(head_size, query.dtype, max_query_len * group, page_size > 0, generation)
-    rows = max(tiling.rows, triton.next_power_of_2(group))
+    rows = hopper_attention.ROWS if on_hopper else max(tiling.rows, triton.next_power_of_2(group))
     tokens_per_tile = rows // group
     num_tiles = tokens // tokens_per_tile + num_reqs  # at least as many as there are, whatever the lengths
     if num_splits is None:
         tiles_at_most = min(num_tiles, num_reqs * triton.cdiv(max_query_len, tokens_per_tile))
-        num_splits = choose_splits(tiles_at_most * num_kv_heads, max_visible, query.device)
+        slots = num_multiprocessors(query.device) * (1 if on_hopper else 2)
+        num_splits = choose_splits(tiles_at_most * num_kv_heads, max_visible, slots)
     partial = lse = None
     if num_splits > 1:
         partial = query.new_empty((num_splits, tokens, num_heads, head_size), dtype=torch.float32)
         lse = query.new_empty((num_splits, tokens, num_heads), dtype=torch.float32)
-    block_d = triton.next_power_of_2(head_size)
-    descriptors = generation >= 9 and page_size == 0 and all(_describable(tensor) for tensor in (key, value))
-    if descriptors:
-        key, value = (_describe(tensor, [tiling.keys, block_d]) for tensor in (key, value))
-    _attention_kernel[(num_tiles, num_kv_heads, num_splits)](
-        query, key, value, out, partial, lse, query_start_loc, *window[:5],
-        scale * 1.4426950408889634, num_reqs, tokens,
-        *query.stride()[:2], *key_stride[:3], *value_stride[:3], *out.stride()[:2], *window[5:],
-        PAGE_SIZE=page_size, GROUP=group, HEAD_SIZE=head_size, ROWS=rows, KEYS=tiling.keys, BLOCK_D=block_d,
-        SPLITS=num_splits, DESCRIPTORS=descriptors, num_warps=tiling.num_warps, num_stages=tiling.num_stages,
-    )  # fmt: skip
+    if on_hopper:
+        hopper_attention.launch(
+            query, key, value, out, partial, lse, query_start_loc, window, page_size, num_tiles, num_splits, scale
+        )
+    else:
+        block_d = triton.next_power_of_2(head_size)
+        descriptors = generation >= 9 and page_size == 0 and all(_describable(tensor) for tensor in (key, value))
+        if descriptors:
+            key, value = (_describe(tensor, [tiling.keys, block_d]) for tensor in (key, value))
+        _attention_kernel[(num_tiles, num_kv_heads, num_splits)](
+            query, key, value, out, partial, lse, query_start_loc, *window[:5],
+            scale * 1.4426950408889634, num_reqs, tokens,
+            *query.stride()[:2], *key_stride[:3], *value_stride[:3], *out.stride()[:2], *window[5:],
+            PAGE_SIZE=page_size, GROUP=group, HEAD_SIZE=head_size, ROWS=rows, KEYS=tiling.keys, BLOCK_D=block_d,
+            SPLITS=num_splits, DESCRIPTORS=descriptors, num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+        )  # fmt: skip
     if num_splits > 1:
         _combine_kernel[(tokens, num_heads)](
             partial, lse, out, tokens, num_heads, *out.stride()[:2],
-            HEAD_SIZE=head_size, BLOCK_D=block_d, SPLITS=num_splits, BLOCK_S=triton.next_power_of_2(num_splits),
-            num_warps=1,
+            HEAD_SIZE=head_size, BLOCK_D=triton.next_power_of_2(head_size), SPLITS=num_splits,
+            BLOCK_S=triton.next_power_of_2(num_splits), num_warps=1,
         )  # fmt: skip
     return out
 
@@ -408,9 +426,9 @@ def _describe(tensor: Tensor, block: list[int]) -> "TensorDescriptor":
     return TensorDescriptor(tensor, [tokens, heads * head_size], [tensor.stride(0), 1], block)
 
 
-def choose_splits(programs: int, max_visible: int, device: torch.device) -> int:
-    """Programs that share the keys of a tile: as few as fill the device, each with at least 256 keys."""
-    slots = 2 * num_multiprocessors(device)
+def choose_splits(programs: int, max_visible: int, slots: int) -> int:
+    """Programs that share the keys of a tile: as few as fill the device, which runs `slots` at a time, each with at least
+    256 keys."""
     most = min(triton.cdiv(max_visible, 256), 32)
     best, best_use = 1, 0.0
     for splits in range(1, most + 1):
@@ -434,18 +452,7 @@ def _attention_kernel(
     TOKENS: tl.constexpr = ROWS // GROUP
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
 
-    # Request r owns tiles from query_start_loc[r] // TOKENS + r: the last request that starts at or before this one.
-    request = tile * 0
-    beyond = request + num_reqs
-    while beyond - request > 1:
-        middle = (request + beyond) // 2
-        if tl.load(query_start_loc_ptr + middle) // TOKENS + middle <= tile:
-            request = middle
-        else:
-            beyond = middle
-    begin = tl.load(query_start_loc_ptr + request)
-    end = tl.load(query_start_loc_ptr + request + 1)
-    first_token = begin + (tile - (begin // TOKENS + request)) * TOKENS
+    request, begin, end, first_token = find_request(tile, query_start_loc_ptr, num_reqs, TOKENS)
     if first_token >= end:
         return
 
@@ -461,9 +468,7 @@ def _attention_kernel(
         prefix = tl.load(prefix_len_ptr + request)
         block = tl.load(block_length_ptr + request)
         position = tl.load(window_start_ptr + request) + token - begin
-        size = tl.maximum(block, 1)
-        limit = tl.where(position < prefix, prefix, prefix + ((position - prefix) // size + 1) * size)
-        limit = tl.where(block == 0, visible, tl.minimum(limit, visible))
+        limit = key_limit(position, visible, prefix, block)
         table = block_table_ptr + request.to(tl.int64) * table_stride
     else:
         limit = tl.zeros([ROWS], tl.int32) + (end - begin)

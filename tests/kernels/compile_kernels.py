@@ -130,7 +130,8 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def main(capability: int, only: str = "") -> None:
     driver.set_active(OfflineDriver(capability))
-    sys.modules[window_attention_triton.__module__].device_generation = lambda device: capability // 10
+    for module in {window_attention_triton.__module__, confidence_triton.__module__}:
+        sys.modules[module].device_generation = lambda device: capability // 10
     run, compiled = JITFunction.run, []
 
     def compile_only(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:

@@ -66,7 +66,8 @@ def test_statistics(implementation, rows, vocab, dtype):
 
 
 def test_a_vocabulary_above_150_000(implementation):
-    check((torch.randn(2, 152_064) * 3).to(torch.bfloat16), no_choice=ids([151_666], [0]))
+    # torch's own fp32 softmax of so long a row, whose bits the torch path has, is off by up to 2e-5
+    check((torch.randn(2, 152_064) * 3).to(torch.bfloat16), tolerance=5e-5, no_choice=ids([151_666], [0]))
 
 
 @pytest.fixture

@@ -339,9 +339,8 @@ def test_empty_batches(implementation):
 
 
 def test_the_number_of_splits_fills_the_device():
-    cpu = torch.device("cpu")  # four slots
-    assert choose_splits(4, 4096, cpu) == 1 and choose_splits(1, 100, cpu) == 1
-    assert choose_splits(1, 4096, cpu) == 4 and choose_splits(100, 4096, cpu) == 1
+    assert choose_splits(4, 4096, slots=4) == 1 and choose_splits(1, 100, slots=4) == 1
+    assert choose_splits(1, 4096, slots=4) == 4 and choose_splits(100, 4096, slots=4) == 1
 
 
 @pytest.mark.parametrize("generation", [8, 9, 10])
