@@ -299,10 +299,11 @@ def _take_block(
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_free.index(stage), count=1)
     weights, shrink, highest, total = _soften(s, highest, total, key, limit, scale_log2e, MASKED)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
+    # the weights pass through the wait, which keeps them packed in registers from one step to the next
+    acc, weights = warpgroup_mma_wait(0, deps=(acc, weights.to(p.dtype)))
     mbarrier.arrive(v_free.index(before), count=1)
     acc = acc * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout)), 1)
-    return acc, gl.convert_layout(weights.to(p.dtype), p.type.layout), highest, total
+    return acc, gl.convert_layout(weights, p.type.layout), highest, total
 
 
 @gluon.jit
