@@ -220,19 +220,8 @@ def drop(x: Tensor, ids: Tensor) -> None:
 
 
 def first_argmax(x: Tensor) -> Tensor:
-    """`x.argmax(1)` of contiguous rows, lowest index on ties, faster: torch vectorises only `amax` on a CPU."""
-    vocab = x.shape[1]
-    width = 256 if vocab >= 8 * 256 else 64
-    if x.numel() < 2**17 or vocab < 2 * width:
-        return x.argmax(1)
-    groups = vocab // width
-    maxima = x[:, : groups * width].unflatten(1, (groups, width)).amax(2)
-    if groups * width < vocab:  # the last group reaches back, into columns that were seen: they lose every tie
-        maxima = torch.cat((maxima, x[:, -width:].amax(1, keepdim=True)), 1)
-    begin = (maxima.argmax(1) * width).clamp_(max=vocab - width)
-    runs = x.as_strided((x.numel() - width + 1, width), (1, 1))  # run i: `width` numbers from the i-th on
-    inside = runs.index_select(0, begin + torch.arange(0, x.numel(), vocab, device=x.device))
-    return begin + inside.argmax(1)
+    """`x.argmax(1)`, lowest index on ties. On a CPU NumPy's is vectorised, and torch's takes 4 to 13 times as long."""
+    return torch.from_numpy(x.numpy().argmax(1)) if x.device.type == "cpu" else x.argmax(1)
 
 
 def _margin(p: Tensor, best: Tensor) -> Tensor:

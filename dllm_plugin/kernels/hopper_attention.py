@@ -39,8 +39,9 @@ def fits(query: Tensor, key: Tensor, value: Tensor, rows: int, generation: int) 
         and query.element_size() == 2
         and query.shape[2] in (64, 128)
         and query.shape[1] // key.shape[-2] <= ROWS
-        and key.stride() == value.stride()
-        and all(_as_matrix(tensor) is not None for tensor in (key, value))
+        and (matrix := _as_matrix(key)) is not None
+        and (other := _as_matrix(value)) is not None
+        and matrix[2:] == other[2:]
     )
 
 
@@ -52,13 +53,15 @@ def _as_matrix(tensor: Tensor) -> tuple[int, int, int, int, int] | None:
     """
     *pages, tokens, heads, head_size = tensor.shape
     *page, token, head, _ = tensor.stride()
+    if token <= 0 or head < 0 or token % 8 or tensor.data_ptr() % 16:
+        return None
     page_rows = 0
     if pages and pages[0] > 1:
         page_rows, uneven = divmod(page[0], token)
         if uneven:
             return None
     head_rows, head_columns = (0, 0) if heads == 1 else (0, head) if head % token else (head // token, 0)
-    if token <= 0 or head_rows < 0 or head_columns < 0 or token % 8 or head_columns % 8 or tensor.data_ptr() % 16:
+    if head_columns % 8:
         return None
     rows = ((pages or [1])[0] - 1) * page_rows + (heads - 1) * head_rows + tokens
     return rows, (heads - 1) * head_columns + head_size, page_rows, head_rows, head_columns
@@ -84,9 +87,9 @@ def launch(
     box = min(page_size & -page_size, KEYS) if page_size else KEYS
     dtype = gl.bfloat16 if query.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for([KEYS, head_size], dtype)
-    rows, columns, *steps = _as_matrix(key)
+    _, _, *steps = _as_matrix(key)
     matrices = [
-        TensorDescriptor(tensor, [rows, columns], [tensor.stride(-3), 1], [box, head_size], layout)
+        TensorDescriptor(tensor, list(_as_matrix(tensor)[:2]), [tensor.stride(-3), 1], [box, head_size], layout)
         for tensor in (key, value)
     ]
     unused = query_start_loc  # stands for what a launch without pages or splits does not read
