@@ -36,7 +36,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dllm_plugin.kernels import confidence, full_attention, split_kv_cache, store_kv, unmask, window_attention
+from dllm_plugin.kernels import (
+    confidence,
+    full_attention,
+    gated_silu,
+    rms_norm,
+    rotate,
+    split_kv_cache,
+    store_kv,
+    unmask,
+    window_attention,
+)
+from dllm_plugin.kernels.gated_silu import gated_silu_reference
+from dllm_plugin.kernels.rms_norm import rms_norm_reference
+from dllm_plugin.kernels.rotary import rotate_reference
 
 LLADA, DREAM = (32, 32, 128), (28, 4, 128)  # heads, key-value heads, head size
 VOCABULARIES = {"llada": 126_464, "dream": 152_064}
@@ -460,6 +473,26 @@ def error_beside_nan(shape: tuple[int, int, int]) -> float:
     return 0.0 if torch.equal(clean, sequences()[:200]) else math.inf
 
 
+def block_operation_errors() -> dict[str, float]:
+    """Against the references, which round at the same places; the rotation has their very bits."""
+    wide = torch.randn(5, 3001, device="cuda", dtype=torch.bfloat16)
+    x, residual, weight = wide[:, 1:3001], torch.randn_like(wide[:, 1:]), torch.randn_like(wide[0, 1:])
+    heads = torch.randn(5, 36, 80, device="cuda", dtype=torch.bfloat16)
+    angle = torch.randn(5, 1, 40, device="cuda").repeat(1, 1, 2)
+    errors = {}
+    for name, got, want in (
+        ("rms_norm", rms_norm(x, weight, 1e-5, residual), rms_norm_reference(x, weight, 1e-5, residual)),
+        ("gated_silu", [gated_silu(x)], [gated_silu_reference(x)]),
+    ):
+        pairs = list(zip(got, want, strict=True))
+        errors[name] = max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)
+    for dtype in (torch.float32, torch.bfloat16):
+        angles = 28, 4, angle.cos().to(dtype), angle.sin().to(dtype)
+        same = all(map(torch.equal, rotate(heads, *angles), rotate_reference(heads, *angles)))
+        errors[f"rotate, {dtype}"] = 0.0 if same else math.inf
+    return errors
+
+
 def check() -> dict[str, float]:
     """Errors of small cases of every kernel, ragged and at odd sizes."""
     errors = {}
@@ -477,6 +510,7 @@ def check() -> dict[str, float]:
     errors["confidence"] = confidence_error(logits, row[:, None])
     confidence(logits, temperature=torch.ones(5, device="cuda"), seed=row, position=row, step=row)
     errors["unmask"] = unmask_error(3, 70, 200)
+    errors |= block_operation_errors()
     cache = torch.zeros(4, 16, 3, 160, device="cuda").transpose(1, 2)
     key, value = torch.randn(2, 7, 3, 80, device="cuda")
     keys, values = split_kv_cache(cache, 80)

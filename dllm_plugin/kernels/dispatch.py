@@ -31,6 +31,7 @@ except ImportError:  # a CPU installation needs no Triton
     HAS_TRITON = False
 
 __all__ = [
+    "FLOATS",
     "HAS_TRITON",
     "INTERPRETED",
     "contiguous",
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 ENVIRONMENT = "DLLM_PLUGIN_KERNELS"
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # that a float32 holds exactly: kernels compute in that
 # Triton decides at decoration time whether a kernel is interpreted, so this is read once, at the same time.
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 

@@ -1,8 +1,8 @@
 """The decoder both families share, over vLLM's parallel layers: pre-norm blocks, gated MLP, bidirectional attention.
 
 What differs between families is a `Shape` and the precision of RoPE; what a checkpoint calls its tensors is a
-`WeightNames`. RMSNorm, RoPE and the gated activation are written out here because vLLM's fused ones round at other
-places than the reference code, and a token is decided by the last bit of a confidence.
+`WeightNames`. RMSNorm, RoPE and the gated activation are our own because vLLM's fused ones round at other places than the
+reference code, and a token is decided by the last bit of a confidence.
 """
 
 import re
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
@@ -23,6 +22,9 @@ from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 
 from dllm_plugin.attention import DiffusionAttention
+from dllm_plugin.kernels.gated_silu import gated_silu
+from dllm_plugin.kernels.rms_norm import rms_norm
+from dllm_plugin.kernels.rotary import rotate
 
 
 @dataclass(frozen=True)
@@ -61,17 +63,15 @@ class Shape:
 
 
 class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x²) + eps)`` in float32, rounded to the dtype of ``x``, then times the weight: HF Llama's order."""
+    """The norm of ``x``, or of ``x + residual``, and what it is the norm of; `rms_norm` says where it rounds."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        return rms_norm(x, self.weight, self.eps, residual)
 
 
 def rotary_angles(positions: torch.Tensor, head_size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,13 +80,6 @@ def rotary_angles(positions: torch.Tensor, head_size: int, theta: float) -> tupl
     angle = positions.float()[:, None] * (1.0 / theta**exponent)
     angle = torch.cat((angle, angle), dim=-1)[:, None, :]
     return angle.cos(), angle.sin()
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of ``x [tokens, heads, head_size]`` in the dtype of ``cos``, returned in the dtype of ``x``."""
-    wide = x.to(cos.dtype)
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -120,20 +113,23 @@ class Block(nn.Module):
             shape.intermediate_size, size, bias=False, quant_config=quant_config, prefix=f"{prefix}.down_proj"
         )
 
-    def forward(self, h: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        h = h + self.attend(self.input_norm(h), cos, sin)
-        return h + self.feed_forward(self.post_attention_norm(h))
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and residual, as yet apart: the next norm adds them. The first block's input has no residual."""
+        x, residual = self.input_norm(x, residual)
+        x, residual = self.post_attention_norm(self.attend(x, cos, sin), residual)
+        return self.feed_forward(x), residual
 
     def attend(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         qkv, _ = self.qkv_proj(x)
         heads = qkv.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_size)
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        out = self.attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        q, k = rotate(heads, self.num_heads, self.num_kv_heads, cos, sin)
+        out = self.attention(q, k, heads[:, -self.num_kv_heads :])
         return self.o_proj(out.flatten(1))[0]
 
     def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up_proj(x)[0].chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)[0]
+        return self.down_proj(gated_silu(self.gate_up_proj(x)[0]))[0]
 
 
 class Decoder(nn.Module):
@@ -162,13 +158,13 @@ class Decoder(nn.Module):
         self, input_ids: torch.Tensor, positions: torch.Tensor, inputs_embeds: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Hidden states ``[tokens, hidden_size]`` after the final norm."""
-        h = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        x, residual = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds, None
         cos, sin = rotary_angles(positions, self.shape.head_size, self.shape.rope_theta)
         if not self.shape.rope_in_float32:
-            cos, sin = cos.to(h.dtype), sin.to(h.dtype)
+            cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for block in self.blocks:
-            h = block(h, cos, sin)
-        return self.norm(h)
+            x, residual = block(x, residual, cos, sin)
+        return self.norm(x, residual)[0]
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.logits_processor(self.head, hidden_states)

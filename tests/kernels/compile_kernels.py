@@ -19,6 +19,9 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from dllm_plugin.kernels.confidence import confidence_triton, launch_statistics
+from dllm_plugin.kernels.gated_silu import gated_silu_triton
+from dllm_plugin.kernels.rms_norm import rms_norm_triton
+from dllm_plugin.kernels.rotary import rotate_triton
 from dllm_plugin.kernels.store_kv import split_kv_cache, store_kv_triton
 from dllm_plugin.kernels.unmask import Unmasked, unmask_triton
 from dllm_plugin.kernels.window_attention import HEAD_SIZES, full_attention_triton, window_attention_triton
@@ -92,6 +95,21 @@ def store(dtype: torch.dtype, head_size: int) -> None:
     store_kv_triton(key, key, *caches, torch.zeros(3, dtype=torch.int64))
 
 
+def norm(dtype: torch.dtype, size: int, residual: bool) -> None:
+    x = torch.zeros(2, size, dtype=dtype)
+    rms_norm_triton(x, x[0], 1e-5, x if residual else None)
+
+
+def rotary(dtype: torch.dtype, angles: torch.dtype, num_heads: int, num_kv_heads: int, head_size: int) -> None:
+    heads = torch.zeros(2, num_heads + 2 * num_kv_heads, head_size, dtype=dtype)
+    angle = torch.zeros(2, 1, head_size, dtype=angles)
+    rotate_triton(heads, num_heads, num_kv_heads, angle, angle)
+
+
+def gated(dtype: torch.dtype, size: int) -> None:
+    gated_silu_triton(torch.zeros(2, 2 * size, dtype=dtype))
+
+
 def configurations() -> Iterator[tuple[str, Callable, tuple]]:
     for head_size in HEAD_SIZES:
         for rows in (16, 32, 64, 128):
@@ -115,6 +133,14 @@ def configurations() -> Iterator[tuple[str, Callable, tuple]]:
             yield "unmask", unmask, (policies, integer)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         yield "store_kv", store, (dtype, 128)
+        for size in (3584, 4096, 8192, 16_384):
+            for residual in (False, True):
+                yield "rms_norm", norm, (dtype, size, residual)
+        for angles in (dtype, torch.float32):
+            for shape in ((32, 32, 128), (28, 4, 128), (3, 2, 64), (20, 20, 80)):
+                yield "rotate", rotary, (dtype, angles, *shape)
+        for size in (12_288, 18_944):
+            yield "gated_silu", gated, (dtype, size)
 
 
 def resources(cubin: bytes) -> dict[str, int]:

@@ -12,7 +12,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
+import triton.language as tl
 from hypothesis import settings
+from triton.runtime import interpreter
 
 from dllm_plugin.kernels import dispatch
 
@@ -33,6 +35,19 @@ def implementation(request, monkeypatch):
     dispatch.use_triton.cache_clear()
     yield request.param
     dispatch.use_triton.cache_clear()
+
+
+@pytest.fixture
+def rounded_bfloat16(monkeypatch):
+    """Triton's interpreter cuts float32 to bfloat16; rounded as on a GPU, elementwise kernels are exact in it."""
+
+    def convert(data, source, target, rounding_mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return cut(data, source, target, rounding_mode)
+        return torch.tensor(data, dtype=torch.float32).bfloat16().view(torch.uint16).numpy()
+
+    cut = interpreter._convert_float
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
 
 
 @pytest.fixture(autouse=True)

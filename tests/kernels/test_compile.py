@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 # capability: bytes of shared memory a block may use
 TARGETS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 KERNELS = {"_attention_kernel", "_combine_kernel", "_part_kernel", "_merge_kernel", "_entropy_kernel", "_unmask_kernel",
-           "_store_kv_kernel"}  # fmt: skip
+           "_store_kv_kernel", "_rms_norm_kernel", "_rotate_kernel", "_gated_silu_kernel"}  # fmt: skip
 
 
 @pytest.mark.parametrize("capability", TARGETS, ids="sm_{}".format)
