@@ -26,6 +26,7 @@ from dllm_plugin.scheduler.output import DiffusionModelRunnerOutput, DiffusionSc
 from dllm_plugin.worker.adapters import AdapterMixin
 from dllm_plugin.worker.batch import BatchBuilder, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
+from dllm_plugin.worker.graphs import ForwardGraphs
 
 # Rows of logits are computed in chunks of about this size, whatever the batch asks for.
 LOGITS_CHUNK_BYTES = 256 * 2**20
@@ -44,6 +45,7 @@ class DiffusionModelRunner(AdapterMixin):
         self.lora_config = vllm_config.lora_config
         self.device = device
         self.model: nn.Module
+        self.graphs: ForwardGraphs
         self.model_memory_usage = 0
         self.kv_caches: list[torch.Tensor] = []
         self.num_forward_passes = 0
@@ -91,6 +93,9 @@ class DiffusionModelRunner(AdapterMixin):
         self.num_forward_passes += 1
         if self.lora_config:
             self.activate_adapters(batch)
+        hidden_states = self.graphs.forward(batch.input_ids, batch.layout)
+        if hidden_states is not None:
+            return hidden_states
         with set_forward_context(batch.layout.windows, self.vllm_config, num_tokens=len(batch.input_ids)):
             return self.model(batch.input_ids, batch.layout.positions)
 
@@ -266,6 +271,7 @@ class DiffusionModelRunner(AdapterMixin):
             layer.bind_kv_cache(caches[name])
         self.batches.page_size = next(iter(self.attention_layers.values())).key_cache.shape[1]
         self.kv_caches = list(caches.values())
+        self.graphs = ForwardGraphs(self.model, self.vllm_config, self.device, self.batches.page_size)
 
     @torch.inference_mode()
     def profile_run(self, randomize_inputs: bool = False) -> None:
@@ -310,6 +316,7 @@ class DiffusionModelRunner(AdapterMixin):
 
     def shutdown(self) -> None:
         self.kv_caches = []
+        self.graphs.captured.clear()
         for layer in self.attention_layers.values():
             del layer.key_cache, layer.value_cache
 
