@@ -2,7 +2,8 @@
 
 `x + residual` is rounded to the dtype of `x`. `x / sqrt(mean(x²) + eps)` is computed in float32 and rounded to the dtype of `x`
 before it is multiplied by the weight and rounded again, which is HF Llama's order. Zero rows are allowed. Kernel and
-reference agree exactly on `x + residual`; their norms differ by a few float32 roundings, because they add up a row in another order.
+reference agree exactly on `x + residual`; their norms differ by a few float32 roundings, because they add up a row in
+another order.
 """
 
 import torch
