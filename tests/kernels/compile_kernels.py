@@ -112,7 +112,8 @@ def gated(dtype: torch.dtype, size: int) -> None:
 
 def configurations() -> Iterator[tuple[str, Callable, tuple]]:
     for head_size in HEAD_SIZES:
-        for rows in (16, 32, 64, 128):
+        # 32 needs less than 64, and 96 what 80 needs: their widest tiles stand for the others
+        for rows in (128,) if head_size in (32, 96) else (16, 32, 64, 128):
             for paged in (True, False):
                 yield "attention", attention, (head_size, torch.bfloat16, rows, paged, 1)
         for paged in (True, False):
@@ -133,11 +134,11 @@ def configurations() -> Iterator[tuple[str, Callable, tuple]]:
             yield "unmask", unmask, (policies, integer)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         yield "store_kv", store, (dtype, 128)
-        for size in (3584, 4096, 8192, 16_384):
+        for size in (3584, 16_384):
             for residual in (False, True):
                 yield "rms_norm", norm, (dtype, size, residual)
         for angles in (dtype, torch.float32):
-            for shape in ((32, 32, 128), (28, 4, 128), (3, 2, 64), (20, 20, 80)):
+            for shape in ((28, 4, 128), (3, 2, 64), (20, 20, 80)):
                 yield "rotate", rotary, (dtype, angles, *shape)
         for size in (12_288, 18_944):
             yield "gated_silu", gated, (dtype, size)
