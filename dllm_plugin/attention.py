@@ -155,9 +155,11 @@ class DiffusionAttention(nn.Module, AttentionLayerBase):
             block_length_cpu=windows.block_length_cpu,
         )
 
-    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
-        """Take this layer's pages, logically ``[pages, num_kv_heads, page_size, 2 * head_size]`` in vLLM."""
-        self.key_cache, self.value_cache = split_kv_cache(kv_cache, self.head_size)
+    def bind_kv_cache(self, kv_cache: torch.Tensor | None) -> None:
+        """Take this layer's pages, logically ``[pages, num_kv_heads, page_size, 2 * head_size]`` in vLLM, or give them up."""
+        self.key_cache, self.value_cache = (
+            (None, None) if kv_cache is None else split_kv_cache(kv_cache, self.head_size)
+        )
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return DiffusionAttentionBackend

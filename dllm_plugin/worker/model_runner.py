@@ -45,7 +45,7 @@ class DiffusionModelRunner(AdapterMixin):
         self.lora_config = vllm_config.lora_config
         self.device = device
         self.model: nn.Module
-        self.graphs: ForwardGraphs
+        self.graphs: ForwardGraphs | None = None  # there from the KV cache on
         self.model_memory_usage = 0
         self.kv_caches: list[torch.Tensor] = []
         self.num_forward_passes = 0
@@ -315,10 +315,9 @@ class DiffusionModelRunner(AdapterMixin):
     def reset_encoder_cache(self) -> None: ...
 
     def shutdown(self) -> None:
-        self.kv_caches = []
-        self.graphs.captured.clear()
+        self.kv_caches, self.graphs = [], None
         for layer in self.attention_layers.values():
-            del layer.key_cache, layer.value_cache
+            layer.bind_kv_cache(None)
 
 
 def ranking_confidence(policy: str, statistics: Confidence) -> torch.Tensor:
