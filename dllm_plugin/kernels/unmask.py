@@ -1,6 +1,10 @@
 """Chooses which masked positions get their token, writes them into the canvas, and says what is final.
 
 The rows are the still-masked positions of the active blocks, ordered by request, segment (an active block) and position.
+With `skip_unmasked` there may be rows for the other positions too, so that their number need not change from step to step
+(a CUDA graph's shapes are static): a row whose cell of `canvas_masked` is False is as if it were not listed, and every "row"
+below is one of those that are left.
+
 One rule serves every policy. Order the rows of a segment by confidence, highest first, ties by position; then take the
 first n, where n is the largest of, and at most the number of rows,
 
@@ -21,6 +25,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dllm_plugin.kernels import philox
 from dllm_plugin.kernels.dispatch import contiguous, iota, refuse_devices, tl, triton, use_triton
@@ -53,6 +58,7 @@ def unmask(
     alg_temp: Tensor | None = None,
     seed: Tensor | None = None,
     step: Tensor | None = None,
+    skip_unmasked: bool = False,
 ) -> Unmasked:
     """Writes tokens into `canvas_tokens` and clears `canvas_masked`, both [max_slots, max_canvas], in place.
 
@@ -60,7 +66,12 @@ def unmask(
     segments are `request_start_loc` [num_requests + 1]; None: one each.
     A segment is [num_segments]: `quota`, `threshold`, `factor`, `alg_temp`, `seed`, `step`; its rows are
     `segment_start_loc` [num_segments + 1]. A row is [rows]: `row_cell` (slot * max_canvas + column, int64), `token`, fp32
-    `confidence`. Slots are distinct.
+    `confidence`. Slots are distinct, and so are cells.
+
+    Without `skip_unmasked` every row must be masked, which is not checked. With it, a row whose cell is not masked
+    on entry is never taken and counts nowhere: not in `remaining`, above `threshold`, among the ranks that the order and
+    `factor` see, nor in the cap on n. Its `token` and `confidence` may be anything, NaN and infinities included; its cell
+    must still be one of the request's canvas. The noise of `alg_temp` goes by position, so those rows do not shift it.
 
     Columns past the end of a shorter canvas are not special: the caller keeps them masked or cuts the final prefix itself.
     """
@@ -97,7 +108,7 @@ def unmask(
         run = unmask_triton if use_triton(canvas_tokens.device.type) else unmask_reference
         run(
             canvas_tokens, canvas_masked, slot, request_start_loc, segment_start_loc, row_cell, token, confidence,
-            quota, threshold, factor, alg_temp, seed, step, eos_token_id, result,
+            quota, threshold, factor, alg_temp, seed, step, eos_token_id, skip_unmasked, result,
         )  # fmt: skip
     return result
 
@@ -118,9 +129,14 @@ def unmask_reference(
     seed: Tensor | None,
     step: Tensor | None,
     eos_token_id: Tensor | None,
+    skip_unmasked: bool,
     result: Unmasked,
 ) -> None:
     """The torch path: two stable sorts order all rows at once, whatever the shape of the batch."""
+    if skip_unmasked:
+        live = canvas_masked.view(-1).index_select(0, row_cell)
+        segment_start_loc = pad(live.cumsum(0), (1, 0)).index_select(0, segment_start_loc)
+        row_cell, token, confidence = row_cell[live], token[live], confidence[live]
     rows, max_canvas, num_segments = confidence.shape[0], canvas_masked.shape[1], quota.shape[0]
     begin = segment_start_loc[:-1]
     length = segment_start_loc[1:] - begin
@@ -220,6 +236,7 @@ def unmask_triton(
     seed: Tensor | None,
     step: Tensor | None,
     eos_token_id: Tensor | None,
+    skip_unmasked: bool,
     result: Unmasked,
 ) -> None:
     """One launch, one program a request."""
@@ -231,7 +248,7 @@ def unmask_triton(
     _unmask_kernel[slot.shape](
         canvas_tokens, canvas_masked, *inputs,
         rank, result.remaining, result.final_prefix, result.first_eos,
-        canvas_masked.shape[1], BLOCK=64, COLUMNS=1024, ORDER=philox.ORDER,
+        canvas_masked.shape[1], BLOCK=64, COLUMNS=1024, ORDER=philox.ORDER, SKIP_UNMASKED=skip_unmasked,
     )  # fmt: skip
 
 
@@ -241,7 +258,7 @@ def _unmask_kernel(
     token_ptr, confidence_ptr, quota_ptr, threshold_ptr, factor_ptr, alg_temp_ptr, seed_ptr, step_ptr,
     eos_token_id_ptr, rank_ptr, remaining_ptr, final_prefix_ptr, first_eos_ptr,
     max_canvas,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ORDER: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ORDER: tl.constexpr, SKIP_UNMASKED: tl.constexpr,
 ):  # fmt: skip
     """Ranks by counting who comes before, tile against tile: no sort, no limit on the rows of a segment."""
     request = tl.program_id(0)
@@ -255,37 +272,48 @@ def _unmask_kernel(
     for segment in range(first_segment, last_segment):
         begin = tl.load(segment_start_loc_ptr + segment).to(tl.int32)
         end = tl.load(segment_start_loc_ptr + segment + 1).to(tl.int32)
+        length = end - begin
+        unmasked = 0
         above = 0
-        prefix = end - begin
+        prefix = length
         for first in range(begin, end, BLOCK):
             row = first + tl.arange(0, BLOCK)
+            live = _live(row, end, canvas_masked_ptr, row_cell_ptr, SKIP_UNMASKED)
+            if SKIP_UNMASKED:
+                unmasked += tl.sum(((row < end) ^ live).to(tl.int32), 0)
             score = _score(
-                row, end, segment, canvas, row_cell_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, step_ptr, ORDER
+                row, live, segment, canvas, row_cell_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, step_ptr, ORDER
             )
             rank = tl.zeros([BLOCK], tl.int32)
             for other_first in range(begin, end, BLOCK):
                 other = other_first + tl.arange(0, BLOCK)
+                other_live = _live(other, end, canvas_masked_ptr, row_cell_ptr, SKIP_UNMASKED)
                 rival = _score(
-                    other, end, segment, canvas, row_cell_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, step_ptr, ORDER
-                )
+                    other, other_live, segment, canvas, row_cell_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, step_ptr,
+                    ORDER,
+                )  # fmt: skip
                 ahead = (rival[None, :] > score[:, None]) | (
                     (rival[None, :] == score[:, None]) & (other[None, :] < row[:, None])
                 )
-                rank += tl.sum((ahead & (other < end)[None, :]).to(tl.int32), 1)
+                rank += tl.sum((ahead & other_live[None, :]).to(tl.int32), 1)
+            rank = tl.where(live, rank, length)  # not below any count
             tl.store(rank_ptr + row, rank, mask=row < end)
-            c = tl.load(confidence_ptr + row, mask=row < end, other=float("-inf"))
+            c = tl.load(confidence_ptr + row, mask=live, other=float("-inf"))
             if threshold_ptr is not None:
                 above += tl.sum((c > tl.load(threshold_ptr + segment)).to(tl.int32), 0)
             if factor_ptr is not None:
                 passes = c >= 1 - tl.load(factor_ptr + segment) / (rank + 2).to(tl.float32)
-                failed_rank = tl.where((row < end) & (rank > 0) & (passes == 0), rank, end - begin)
+                failed_rank = tl.where(live & (rank > 0) & (passes == 0), rank, length)
                 prefix = tl.minimum(prefix, tl.min(failed_rank, 0))
 
         count = tl.maximum(tl.load(quota_ptr + segment), above)
         if factor_ptr is not None:
             count = tl.where(tl.load(factor_ptr + segment) > 0, tl.maximum(count, prefix), count)
-        count = tl.minimum(tl.maximum(count, 0), end - begin)
-        tl.store(remaining_ptr + segment, end - begin - count)
+        count = tl.minimum(tl.maximum(count, 0), length - unmasked)
+        tl.store(remaining_ptr + segment, length - unmasked - count)
+
+        if SKIP_UNMASKED:
+            tl.debug_barrier()  # other threads of this program may still read the masks that this one clears below
 
         for first in range(begin, end, BLOCK):  # each thread reads the ranks that it wrote
             row = first + tl.arange(0, BLOCK)
@@ -319,15 +347,25 @@ def _unmask_kernel(
 
 
 @triton.jit
+def _live(row, end, canvas_masked_ptr, row_cell_ptr, SKIP_UNMASKED: tl.constexpr):
+    """Which rows take part: false past the end of the segment and where there is a row to skip."""
+    live = row < end
+    if SKIP_UNMASKED:
+        cell = tl.load(row_cell_ptr + row, mask=live, other=0)
+        live &= tl.load(canvas_masked_ptr + cell, mask=live, other=0) != 0
+    return live
+
+
+@triton.jit
 def _score(
-    row, end, segment, canvas, row_cell_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, step_ptr, ORDER: tl.constexpr
+    row, live, segment, canvas, row_cell_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, step_ptr, ORDER: tl.constexpr
 ):  # fmt: skip
     """What orders the rows of a segment, highest first: finite, with NaN below the lowest."""
-    score = tl.load(confidence_ptr + row, mask=row < end, other=float("-inf"))
+    score = tl.load(confidence_ptr + row, mask=live, other=float("-inf"))
     if alg_temp_ptr is not None:
         temperature = tl.load(alg_temp_ptr + segment)
         if temperature > 0:
-            position = tl.load(row_cell_ptr + row, mask=row < end, other=0) - canvas
+            position = tl.load(row_cell_ptr + row, mask=live, other=0) - canvas
             bits, _, _, _ = philox.philox_block(
                 tl.load(seed_ptr + segment), position, tl.load(step_ptr + segment), position * 0, ORDER
             )

@@ -62,14 +62,14 @@ def attention(head_size: int, dtype: torch.dtype, rows: int, paged: bool, splits
         full_attention_triton(query, key, key, starts, rows // group, 1.0, out, num_splits=splits)
 
 
-def confidence(dtype: torch.dtype, vocab: int, sampled: bool, statistics: bool) -> None:
+def confidence(dtype: torch.dtype, vocab: int, sampled: bool, statistics: bool, mass: bool = False) -> None:
     logits = torch.zeros(16, vocab, dtype=dtype)  # several tiles a part
     ids = torch.zeros(16, 1, dtype=torch.int64)
     row = torch.zeros(16, dtype=torch.int64)
     drawn = (
         (torch.ones(16), torch.ones(16, dtype=torch.bool), (row, row, row)) if sampled else (None, None, (None,) * 3)
     )
-    confidence_triton(logits, ids, ids if statistics else None, *drawn, statistics, statistics, statistics)
+    confidence_triton(logits, ids, ids if mass else None, *drawn, statistics, statistics, statistics)
 
 
 def shard() -> None:
@@ -77,7 +77,7 @@ def shard() -> None:
     launch_statistics(logits, 1001, None, None, None, None, (None,) * 3, True, None, keep=True)
 
 
-def unmask(policies: bool, integer: torch.dtype) -> None:
+def unmask(policies: bool, integer: torch.dtype, skip_unmasked: bool) -> None:
     tokens, masked = torch.zeros(2, 64, dtype=integer), torch.ones(2, 64, dtype=torch.bool)
     row = torch.zeros(4, dtype=torch.int64)
     one, real, long = int32(1), torch.ones(1), torch.ones(1, dtype=torch.int64)
@@ -85,7 +85,7 @@ def unmask(policies: bool, integer: torch.dtype) -> None:
     summary = int32(0, 0, 0)
     unmask_triton(
         tokens, masked, int32(0).to(integer), int32(0, 1) if policies else None, int32(0, 4), row, row, torch.rand(4),
-        one, *optional, one, Unmasked(summary, *summary.split(1)),
+        one, *optional, one, skip_unmasked, Unmasked(summary, *summary.split(1)),
     )  # fmt: skip
 
 
@@ -127,11 +127,13 @@ def configurations() -> Iterator[tuple[str, Callable, tuple]]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for vocab in (126_464, 128):
             for sampled in (False, True):
-                yield "confidence", confidence, (dtype, vocab, sampled, vocab == 126_464)
+                yield "confidence", confidence, (dtype, vocab, sampled, vocab == 126_464, vocab == 126_464)
+        yield "confidence", confidence, (dtype, 126_464, False, True)
     yield "shard_statistics", shard, ()
     for policies in (False, True):
         for integer in (torch.int32, torch.int64):
-            yield "unmask", unmask, (policies, integer)
+            for skip_unmasked in (False, True):
+                yield "unmask", unmask, (policies, integer, skip_unmasked)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         yield "store_kv", store, (dtype, 128)
         for size in (3584, 16_384):

@@ -1,6 +1,7 @@
 """unmask against a plain Python statement of its rule, and kernel against reference."""
 
 import math
+from itertools import cycle
 
 import pytest
 import torch
@@ -53,6 +54,21 @@ class Batch:
                 "seed": torch.arange(len(segments)) + 10**11,
                 "step": torch.arange(len(segments)) + 5,
             }
+
+    def list_unmasked(self, others):
+        """Lists rows for columns without a mask too: a {column: confidence} for each segment of each request."""
+        requests = []
+        for request, more in zip(self.requests, others, strict=True):
+            rows = [
+                sorted([*zip(columns, values, strict=True), *unmasked.items()], key=lambda row: row[0])
+                for (columns, values, *_), unmasked in zip(request, more, strict=True)
+            ]
+            requests.append([([c for c, _ in segment], [v for _, v in segment], 0, 0, 0) for segment in rows])
+        listed = Batch(requests, canvas=self.masked.shape[1]).arguments
+        listed["token"][~self.masked.view(-1)[listed["row_cell"]]] = -99
+        self.arguments |= {name: listed[name] for name in ("segment_start_loc", "row_cell", "token", "confidence")}
+        self.arguments["skip_unmasked"] = True
+        return self
 
     def run(self):
         tokens, masked = self.tokens.clone(), self.masked.clone()
@@ -126,10 +142,16 @@ RULES = [
 ]
 
 
+UNMASKED = {0: NAN, 2: 0.92, 5: INFINITY, 7: NAN, 8: 0.9, 11: -INFINITY, 19: 0.0, 21: INFINITY, 23: 0.99}
+
+
+@pytest.mark.parametrize("unmasked", [{}, UNMASKED], ids=["masked_rows", "all_rows"])
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule[0])
-def test_rules(implementation, rule):
+def test_rules(implementation, rule, unmasked):
     _, values, quota, threshold, factor, taken = rule
     batch = Batch([[(COLUMNS, values, quota, threshold, factor)]])
+    if unmasked:
+        batch.list_unmasked([[unmasked]])
     batch.check()
     tokens, masked, got = batch.run()
     assert sorted(taken) == [column for column in COLUMNS if not masked[2, column]]
@@ -147,14 +169,39 @@ def test_optional_tensors_may_be_missing(implementation):
     assert torch.equal(whole[2].summary, batch.run()[2].summary)
 
 
+SEVERAL = [
+    [([0, 1], [0.5, 0.6], 1, INFINITY, 0), ([], [], 3, 0.5, 1.0), ([5, 6, 7], [0.1, 0.2, 0.3], 0, 0.15, 0)],
+    [],
+    [([2], [NAN], 1, INFINITY, 0)],
+]
+
+
 def test_requests_with_several_and_empty_segments(implementation):
-    Batch(
-        [
-            [([0, 1], [0.5, 0.6], 1, INFINITY, 0), ([], [], 3, 0.5, 1.0), ([5, 6, 7], [0.1, 0.2, 0.3], 0, 0.15, 0)],
-            [],
-            [([2], [NAN], 1, INFINITY, 0)],
-        ]
-    ).check()
+    Batch(SEVERAL).check()
+
+
+def test_segments_of_unmasked_rows_only(implementation):
+    Batch(SEVERAL).list_unmasked([[{}, {2: INFINITY, 3: 0.9, 4: NAN}, {9: 0.9}], [], [{0: 1.0, 1: INFINITY}]]).check()
+    got = Batch([[([], [], 3, 0.5, 1.0)]]).list_unmasked([[UNMASKED]]).check()
+    assert got.remaining.tolist() == [0] and got.final_prefix.tolist() == [24]
+
+
+@pytest.mark.parametrize("alg_temp", [None, [0.5, 0.0, 2.0, 0.7]])
+def test_long_segments_with_unmasked_rows(implementation, alg_temp):
+    """More rows than a tile of the kernel, with tiles without a masked one."""
+    requests, others = [], []
+    for _ in range(2):
+        masked = torch.rand(400) < 0.4
+        masked[70:200] = False
+        requests.append([])
+        others.append([])
+        for columns in (range(210), range(210, 400)):
+            mine = [column for column in columns if masked[column]]
+            values = (torch.randint(0, 20, (len(mine),)) / 20).tolist()
+            requests[-1].append((mine, values, len(mine) // 3, 0.9, 0.7))
+            garbage = cycle([0.95, NAN, INFINITY, 0.5, -INFINITY])
+            others[-1].append({column: next(garbage) for column in columns if not masked[column]})
+    Batch(requests, canvas=400, alg_temp=alg_temp).list_unmasked(others).check()
 
 
 def test_other_slots_and_columns_stay(implementation):
@@ -233,24 +280,33 @@ def test_alg_temp_draws_without_replacement():
     assert stats.chisquare(picked, (share * trials).tolist()).pvalue > 0.001
 
 
+@pytest.mark.parametrize("skip_unmasked", [False, True])
 @given(st.data())
-def test_kernel_agrees_with_reference(data):
+def test_kernel_agrees_with_reference(skip_unmasked, data):
     value = st.sampled_from([0.0, -0.0, 0.25, 0.5, 0.9, 0.95, 1.0, -1.5, NAN, -INFINITY])
-    requests = []
+    garbage = value | st.just(INFINITY)
+    requests, others = [], []
     for _ in range(data.draw(st.integers(1, 3))):
-        columns, request = list(range(16)), []
+        columns, request, more = list(range(16)), [], []
         for _ in range(data.draw(st.integers(0, 3))):
             rows = data.draw(st.integers(0, min(5, len(columns))))
             mine, columns = columns[:rows], columns[rows:]
+            unmasked = data.draw(st.sets(st.sampled_from(mine))) if skip_unmasked and mine else set()
+            more.append({column: data.draw(garbage) for column in unmasked})
+            mine = [column for column in mine if column not in unmasked]
+            rows = len(mine)
             values = data.draw(st.lists(value, min_size=rows, max_size=rows))
             rule = st.tuples(st.integers(-1, 6), st.sampled_from([0.5, 0.9, INFINITY]), st.sampled_from([0, 0.3, 2.0]))
             request.append((mine, values, *data.draw(rule)))
         requests.append(request)
+        others.append(more)
     segments = sum(map(len, requests))
     if not segments:
         return
     temperatures = data.draw(st.none() | st.lists(st.sampled_from([0.0, 0.7]), min_size=segments, max_size=segments))
     batch = Batch(requests, canvas=17, eos=103, alg_temp=temperatures)
+    if skip_unmasked:
+        batch.list_unmasked(others)
     results = []
     for run in (unmask_reference, unmask_triton):
         tokens, masked = batch.tokens.clone(), batch.masked.clone()
@@ -259,10 +315,12 @@ def test_kernel_agrees_with_reference(data):
         views = summary.split((segments, len(requests), len(requests)))
         names = ("slot", "request_start_loc", "segment_start_loc", "row_cell", "token", "confidence", "quota",
                  "threshold", "factor", "alg_temp", "seed", "step", "eos_token_id")  # fmt: skip
-        run(tokens, masked, *(a.get(name) for name in names), type(batch.run()[2])(summary, *views))
+        run(tokens, masked, *(a.get(name) for name in names), skip_unmasked, type(batch.run()[2])(summary, *views))
         results.append((tokens, masked, summary))
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
-    assert results[0][2].tolist() == batch.expected()[2]
+    want_tokens, want_masked, summary = batch.expected()
+    assert torch.equal(results[0][0], want_tokens) and torch.equal(results[0][1], want_masked)
+    assert results[0][2].tolist() == summary
 
 
 def test_empty_batch(implementation):
