@@ -1,7 +1,9 @@
 """What a denoising step costs beyond the model: scheduler, batch building, choosing, unmasking, output.
 
-Every engine step is timed as a whole and, inside it, the model's forward pass and logits; the difference is ours and
-vLLM's. In process, greedy, one token a step, on a bundled checkpoint. Prints a table and, last, one JSON line.
+Every engine step is timed as a whole and, inside it, the model's forward passes and logits; the difference is ours and
+vLLM's, and divided by the number of forward passes. In process, greedy, one token a step, on a bundled checkpoint. Twice:
+with outputs asked for at the end only, as `LLM.generate` and HTTP without streaming do, where several denoising steps share
+an engine step; and streamed, where each has its own. Prints a table and, last, one JSON line.
 
     python benchmarks/overhead.py --steps 200
 """
@@ -20,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from vllm import LLM, SamplingParams
 from vllm import __version__ as vllm_version
+from vllm.sampling_params import RequestOutputKind
 
 from dllm_plugin.checkpoints import path
 
@@ -29,8 +32,16 @@ class ModelClock:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.seconds = 0.0
-        model.forward = self._timed(model.forward)
+        self.num_passes = 0
+        model.forward = self._counted(self._timed(model.forward))
         model.compute_logits = self._timed(model.compute_logits)
+
+    def _counted(self, function):
+        def counted(*args, **kwargs):
+            self.num_passes += 1
+            return function(*args, **kwargs)
+
+        return counted
 
     def _timed(self, function):
         def timed(*args, **kwargs):
@@ -42,25 +53,29 @@ class ModelClock:
         return timed
 
 
-def measure(llm: LLM, clock: ModelClock, num_requests: int, num_steps: int, prompt_length: int, canvas: int) -> dict:
-    """Medians over the engine steps in which all requests run; each is replaced when it ends."""
+def measure(
+    llm: LLM, clock: ModelClock, num_requests: int, num_passes: int, prompt_length: int, canvas: int, kind
+) -> dict:
+    """Medians over the denoising steps in which all requests run; each request is replaced when it ends."""
     engine = llm.llm_engine
-    params = SamplingParams(temperature=0.0, max_tokens=canvas, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=canvas, ignore_eos=True, output_kind=kind)
     added, step_ms, model_ms = 0, [], []
-    while len(step_ms) < num_steps:
+    while len(step_ms) < num_passes:
         while engine.get_num_unfinished_requests() < num_requests:
             prompt = {"prompt_token_ids": [10 + (added + i) % 80 for i in range(prompt_length)]}
-            engine.add_request(f"overhead-{num_requests}-{added}", prompt, params)
+            engine.add_request(f"overhead-{kind.name}-{num_requests}-{added}", prompt, params)
             added += 1
-        clock.seconds = 0.0
+        clock.seconds, clock.num_passes = 0.0, 0
         begin = time.perf_counter()
         engine.step()
-        step_ms.append((time.perf_counter() - begin) * 1e3)
-        model_ms.append(clock.seconds * 1e3)
+        seconds, passes = time.perf_counter() - begin, clock.num_passes
+        step_ms += [seconds / passes * 1e3] * passes
+        model_ms += [clock.seconds / passes * 1e3] * passes
     while engine.has_unfinished_requests():
         engine.step()
-    overhead = [step - model for step, model in zip(step_ms, model_ms, strict=True)][num_steps // 10 :]
+    overhead = [step - model for step, model in zip(step_ms, model_ms, strict=True)][num_passes // 10 :]
     return {
+        "outputs": "streamed" if kind == RequestOutputKind.CUMULATIVE else "at the end",
         "requests": num_requests,
         "step_ms": round(statistics.median(step_ms), 3),
         "model_ms": round(statistics.median(model_ms), 3),
@@ -72,7 +87,7 @@ def measure(llm: LLM, clock: ModelClock, num_requests: int, num_steps: int, prom
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", default="tiny-llada", help="bundled checkpoint")
-    parser.add_argument("--steps", type=int, default=300, help="engine steps measured for each batch size")
+    parser.add_argument("--steps", type=int, default=300, help="denoising steps measured for each batch size")
     parser.add_argument("--prompt-length", type=int, default=32, help="tokens")
     parser.add_argument("--canvas", type=int, default=32, help="masked positions of a request")
     args = parser.parse_args()
@@ -80,13 +95,20 @@ def main() -> None:
     llm = LLM(model=str(path(args.checkpoint)), dtype="float32", max_num_seqs=16, kv_cache_memory_bytes=64 << 20)
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     clock = ModelClock(runner.model)
-    measure(llm, clock, 16, 50, args.prompt_length, args.canvas)  # warm-up
-    rows = [measure(llm, clock, n, args.steps, args.prompt_length, args.canvas) for n in (1, 16)]
+    final, streamed = RequestOutputKind.FINAL_ONLY, RequestOutputKind.CUMULATIVE
+    measure(llm, clock, 16, 50, args.prompt_length, args.canvas, streamed)  # warm-up
+    rows = [
+        measure(llm, clock, n, args.steps, args.prompt_length, args.canvas, kind)
+        for kind in (final, streamed)
+        for n in (1, 16)
+    ]
     threads = torch.get_num_threads()
     print(f"{args.checkpoint}, float32, CPU with {threads} thread(s), torch {torch.__version__}, vLLM {vllm_version}")
     for row in rows:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
-    print(json.dumps({"overhead_ms": rows[0]["overhead_ms"], "overhead_16_ms": rows[1]["overhead_ms"], "rows": rows}))
+    names = ("overhead_ms", "overhead_16_ms", "streamed_overhead_ms", "streamed_overhead_16_ms")
+    figures = {name: row["overhead_ms"] for name, row in zip(names, rows, strict=True)}
+    print(json.dumps(figures | {"rows": rows}))
 
 
 if __name__ == "__main__":

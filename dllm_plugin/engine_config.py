@@ -146,6 +146,8 @@ def fit_cpu_memory(vllm_config: "VllmConfig") -> None:
 
 def select_components(vllm_config: "VllmConfig") -> None:
     """Set every field explicitly: on CUDA an unset ``async_scheduling`` would become True."""
+    from vllm.config import CUDAGraphMode
+
     scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
     vllm_config.parallel_config.worker_cls = WORKER
     scheduler.scheduler_cls = SCHEDULER
@@ -155,6 +157,9 @@ def select_components(vllm_config: "VllmConfig") -> None:
     if vllm_config.cache_config.enable_prefix_caching:  # vLLM's default, or the user's: it does not say
         logger.info("Prefix caching is off: under full attention no prefix of a sequence stands for itself.")
     vllm_config.cache_config.enable_prefix_caching = False
+    # worker/graphs.py has our own graphs; vLLM's, and its compilation, must not know of the model
+    graphs_are_off = model.enforce_eager or vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
+    model.hf_config.cuda_graphs = not graphs_are_off
     model.enforce_eager = True
     model.logits_processors = [admission_for(model.get_vocab_size(), model.max_model_len)]
     # the reference decoders' temperature, where the checkpoint's generation_config.json names none

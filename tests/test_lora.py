@@ -133,7 +133,7 @@ def test_whom_vllm_lets_pass_counts_against_the_budget(engine, adapted, monkeypa
 
     def counted(*args, **kwargs):
         output = schedule(*args, **kwargs)
-        forwarded.append(sum(window.end - window.start for window in output.windows.values()))
+        forwarded.append(sum(window.end - window.start for window in output.steps[0].values()))
         return output
 
     monkeypatch.setattr(inside, "schedule", counted)

@@ -25,6 +25,7 @@ from helpers import (
 )
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind
 
 _run = itertools.count()
 _used: list["Steps"] = []
@@ -521,3 +522,86 @@ def test_a_prompt_that_leaves_one_position(narrow):
 
 def test_the_engine_core_is_in_this_process(narrow):
     assert type(core(narrow)).__name__ == "EngineCore"
+
+
+# ---- several denoising steps in one engine step
+
+
+def unwatched(one: Case) -> tuple[list[int], SamplingParams]:
+    prompt, params = one.request
+    params.output_kind = RequestOutputKind.FINAL_ONLY
+    return prompt, params
+
+
+@pytest.fixture(scope="module")
+def wide():
+    return engine("llada")
+
+
+def test_steps_that_nobody_watches_share_an_engine_step(wide):
+    """Up to four, as long as each is sure: A's last one is not, since an end may follow it."""
+    cases = [case(10, 8, "a"), case(20, 9, "b")]
+    steps = Steps(wide)
+    for one in cases:
+        steps.add(*unwatched(one))
+    steps.drain()
+    assert steps.table == [("AB", 3), ("B", 3)]  # 4 + 4 + 2, and again
+    check(steps, *cases)
+    nothing_is_left(wide)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"stop": "never written"},  # of which only the front end knows
+        {"repetition_detection": RepetitionDetectionParams(max_pattern_size=2, min_count=9)},
+        {"output_kind": RequestOutputKind.CUMULATIVE},
+    ],
+    ids=str,
+)
+def test_one_watched_request_has_every_step_seen(settings):
+    steps = Steps(engine("tiny-llada"))
+    for extra in ({}, settings):
+        greedy = {"temperature": 0, "max_tokens": 8, "ignore_eos": True, "output_kind": RequestOutputKind.FINAL_ONLY}
+        steps.add([5, 6, 7], SamplingParams(**greedy | extra))
+    steps.drain()
+    assert steps.table == [("AB", 8)]
+
+
+def test_who_arrives_joins_after_four_steps_at_most(wide):
+    cases = [case(16, 8, "a"), case(9, 9, "b")]
+    steps = Steps(wide)
+    steps.add(*unwatched(cases[0]))
+    steps.step()
+    steps.add(*unwatched(cases[1]))
+    steps.drain()
+    assert steps.table == [("A", 1), ("AB", 3), ("A", 1)]  # 4; 4 + 4 + 1; 3
+    check(steps, *cases)
+
+
+def test_nobody_looks_ahead_while_a_request_waits(narrow):
+    """A and B take the budget; C is admitted in the very step in which there is room."""
+    cases = [case(20, 10, "a"), case(22, 8, "b"), case(20, 10, "c")]
+    steps = Steps(narrow)
+    for one in cases:
+        steps.add(*unwatched(one))
+    steps.drain()
+    assert steps.table[0] == ("AB", 20)
+    assert sum(count for _, count in steps.table) < 20 + 20
+    check(steps, *cases)
+
+
+@pytest.mark.parametrize("checkpoint", ["llada-loud", "dream-loud"])
+def test_an_end_between_two_engine_steps_is_counted_where_it_was(checkpoint):
+    """Tokens and forward passes are the reference's, though the engine ran on behind the end."""
+    cases = [
+        Case(checkpoint, policy, 24, block, None, prompt, eos=True)
+        for policy in POLICIES
+        for block, prompt in ((None, 9), (12, 1), (None, 5), (8, 5))
+    ]
+    passes = []
+    for one in cases:
+        (output,), _ = drive(engine(checkpoint), [unwatched(one)])
+        assert not difference(one, output)
+        passes.append(num_forwards(output))
+    assert any(count % 4 for count in passes) and min(passes) < 24

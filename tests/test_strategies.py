@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import torch
 from helpers import (
     RANDOM_WEIGHTS,
     Noise,
@@ -26,11 +25,9 @@ from helpers import (
 )
 from reference import d2f, decoding, fast_dllm
 from vllm import LLM, SamplingParams
-from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.outputs import RequestOutput
 
 from dllm_plugin.checkpoints import tasks
-from dllm_plugin.worker.graphs import ForwardGraphs
 
 FAMILIES = ("llada", "dream")
 CACHED = ("prefix", "dual")
@@ -608,39 +605,3 @@ def test_drift_report():
     llm = engine("tiny-llada")
     assert drift(llm, questions, {"cache": "dual", "cache_refresh": 1, "block_length": 8}) == 0
     assert 0 <= drift(llm, questions, {"cache": "dual", "block_length": 8}) <= 1
-
-
-# ---- graphs of the forward pass
-
-
-class Rerun(ForwardGraphs):
-    """CUDA graphs where there is no CUDA: a recorded pass runs again, from the buffers that a graph would read."""
-
-    def __init__(self, graphs: ForwardGraphs) -> None:
-        super().__init__(graphs.model, graphs.vllm_config, torch.device("cpu"), graphs.page_size)
-        self.enabled = True
-        self.num_replays = 0
-
-    def record(self, run):
-        windows, hidden_states = get_forward_context().attn_metadata, run()
-
-        def replay():
-            self.num_replays += 1
-            with set_forward_context(windows, self.vllm_config, num_tokens=len(hidden_states)):
-                hidden_states.copy_(run())
-
-        return replay, hidden_states
-
-
-@pytest.mark.parametrize("checkpoint", FAMILIES)
-def test_passes_replayed_from_graphs_read_their_own_batch(checkpoint, monkeypatch):
-    llm = engine(checkpoint)
-    rerun = Rerun(model_runner(llm).graphs)
-    monkeypatch.setattr(model_runner(llm), "graphs", rerun)
-    strategies = (*CACHES, {"cache": "dual", "threshold": 0.05})
-    cases = grid(checkpoint, SHAPES, *({"remasking": by_probability(checkpoint)} | strategy for strategy in strategies))
-    cases += [case for case in PIPELINED if case.checkpoint == checkpoint]
-    outputs = run(llm, cases) + run(llm, cases[::3], alone=True)
-    wrong = [difference(case, output) for case, output in zip(cases + cases[::3], outputs, strict=True)]
-    assert not any(wrong), "\n".join(filter(None, wrong))
-    assert rerun.num_replays > 100 and len(rerun.captured) > 5

@@ -35,19 +35,24 @@ class Canvas:
 
 @dataclass
 class DiffusionSchedulerOutput(SchedulerOutput):
-    """One step: the canvases that begin with it, and the window of every scheduled request."""
+    """Denoising steps to run one after the other, and the canvases that begin with them.
+
+    ``steps``: the window of every scheduled request, by step. Windows of later steps cover the same positions.
+    """
 
     canvases: dict[str, Canvas] = field(default_factory=dict)
-    windows: dict[str, Window] = field(default_factory=dict)
+    steps: list[dict[str, Window]] = field(default_factory=list)
 
 
 @dataclass
 class DiffusionModelRunnerOutput(ModelRunnerOutput):
     """``sampled_token_ids``: the tokens by which each request's final prefix grew; often none.
 
-    ``num_masked``: request id to the number of positions still masked in each block that was active.
-    ``eos_is_taken``: requests of which an active block holds EOS, masks before it or not.
+    ``num_emitted``: request id to the number of them that each step brought. ``num_masked``: request id to the number of
+    positions still masked in each block that was active, after the last step. ``eos_is_taken``: requests of which an
+    active block holds EOS, masks before it or not.
     """
 
+    num_emitted: dict[str, list[int]] = field(default_factory=dict)
     num_masked: dict[str, list[int]] = field(default_factory=dict)
     eos_is_taken: set[str] = field(default_factory=set)

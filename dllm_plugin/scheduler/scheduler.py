@@ -1,10 +1,11 @@
 """The vLLM scheduler, with denoising windows instead of tokens to compute."""
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.sampling_params import RequestOutputKind
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -18,7 +19,9 @@ from dllm_plugin.engine_config import engine_defaults
 from dllm_plugin.families import family_of
 from dllm_plugin.params import HOLE, DiffusionParams, parse_request
 from dllm_plugin.scheduler.output import Canvas, DiffusionModelRunnerOutput, DiffusionSchedulerOutput
-from dllm_plugin.scheduler.window import Plan, make_plan
+from dllm_plugin.scheduler.window import Plan, Window, make_plan
+
+MOST_STEPS = 4  # that run between two calls of the scheduler, in which a request that arrives has to wait
 
 logger = init_logger("vllm." + __name__)
 
@@ -30,6 +33,8 @@ class Denoising:
     plan: Plan
     suffix_ids: list[int]
     seed: int
+    unwatched: bool  # nobody sees its tokens, nor can end it, before a token does
+    steps_run: list[tuple[int, int]] = field(default_factory=list)  # since vLLM's update: masks before, tokens emitted
 
 
 class DiffusionScheduler(Scheduler):
@@ -39,6 +44,7 @@ class DiffusionScheduler(Scheduler):
     - A request is admitted when its whole canvas fits the KV cache and its window fits the step's token budget.
     - First come, first served: where the budget cannot hold every running request, the latest wait for a later step.
     - A window is never chunked, since its queries see each other; one larger than the budget runs alone.
+    - Where nobody watches, up to four steps that are sure run one after the other before the next call.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -84,22 +90,26 @@ class DiffusionScheduler(Scheduler):
                 plan.restart_canvas()
                 canvases[req_id] = self._canvas(self.requests[req_id])
             windows[req_id] = plan.window
-        return DiffusionSchedulerOutput(**vars(output), canvases=canvases, windows=windows)
+        return DiffusionSchedulerOutput(**vars(output), canvases=canvases, steps=self._look_ahead(windows))
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         assert isinstance(scheduler_output, DiffusionSchedulerOutput)
-        if scheduler_output.windows:
+        if scheduler_output.steps:
             assert isinstance(model_runner_output, DiffusionModelRunnerOutput)
-            emitted = dict(zip(model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=True))
-            for req_id, window in scheduler_output.windows.items():
-                if (request := self.requests.get(req_id)) is None:
-                    continue  # aborted while the step ran
+            for req_id in scheduler_output.steps[-1]:
+                if (denoising := self.denoising.get(req_id)) is None:
+                    continue  # aborted while the steps ran
                 eos_is_taken = req_id in model_runner_output.eos_is_taken
-                self.denoising[req_id].plan.advance(model_runner_output.num_masked[req_id], eos_is_taken)
-                num_masked = sum(block.num_masked for block in window.blocks)
-                request.spec_decode_metrics.observe(num_masked, len(emitted[req_id]))
+                denoising.plan.advance(model_runner_output.num_masked[req_id], eos_is_taken)
+                num_emitted = model_runner_output.num_emitted[req_id]
+                denoising.steps_run = [
+                    (sum(block.num_masked for block in step[req_id].blocks), emitted)
+                    for step, emitted in zip(scheduler_output.steps, num_emitted, strict=True)
+                ]
+                if not any(num_emitted):  # vLLM has nothing to update the request with
+                    self._record_steps(self.requests[req_id])
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _update_request_with_output(
@@ -107,6 +117,7 @@ class DiffusionScheduler(Scheduler):
     ) -> tuple[list[int], bool]:
         """vLLM's stops, and those it does not know: a filled template, spent steps, no room before a suffix."""
         new_token_ids, stopped = super()._update_request_with_output(request, new_token_ids, *args, **kwargs)
+        self._record_steps(request, len(new_token_ids) if stopped else None)
         plan = self.denoising[request.request_id].plan
         if not stopped and plan.is_over:
             stopped, request.status = True, RequestStatus.FINISHED_LENGTH_CAPPED
@@ -115,6 +126,32 @@ class DiffusionScheduler(Scheduler):
         if stopped and request.status == RequestStatus.FINISHED_LENGTH_CAPPED and plan.steps_are_spent:
             request.stop_reason = "diffusion_max_steps"
         return new_token_ids, stopped
+
+    def _look_ahead(self, windows: dict[str, Window]) -> list[dict[str, Window]]:
+        """The steps to run before the scheduler is asked again: one, or up to four that are sure and can be seen by nobody.
+
+        So a step costs a quarter of what the host does around it. Nothing may wait for its turn meanwhile, no output may
+        be asked for before the end, and nothing but a token may end a request.
+        """
+        if not windows:
+            return []
+        steps, running = [windows], [self.denoising[req_id] for req_id in windows]
+        if len(running) < self.get_num_unfinished_requests() or not all(one.unwatched for one in running):
+            return steps
+        plans = [denoising.plan for denoising in running]
+        while len(steps) < MOST_STEPS and all(plan.next_is_sure for plan in plans):
+            for plan in plans:
+                plan.presume()
+            steps.append({req_id: plan.window for req_id, plan in zip(windows, plans, strict=True)})
+        return steps
+
+    def _record_steps(self, request: Request, num_tokens: int | None = None) -> None:
+        """Count the steps that ran; of a request that ended, only up to the one that brought its last token."""
+        left = num_tokens
+        for num_masked, num_emitted in self.denoising[request.request_id].steps_run:
+            request.spec_decode_metrics.observe(num_masked, num_emitted)
+            if left is not None and (left := left - num_emitted) <= 0:
+                break
 
     def _free_blocks(self, request: Request) -> None:
         del self.denoising[request.request_id]
@@ -135,11 +172,13 @@ class DiffusionScheduler(Scheduler):
                 f"prompt, canvas and suffix must fit max_model_len {self.max_model_len}: {num_prompt} tokens of prompt "
                 f"and {len(suffix_ids)} of diffusion_suffix leave no room"
             )
-        seed = request.sampling_params.seed
+        sampling = request.sampling_params
+        watched = sampling.output_kind != RequestOutputKind.FINAL_ONLY or sampling.stop or sampling.repetition_detection
         return Denoising(
             plan=make_plan(params, num_prompt, limit, self.shift, len(suffix_ids)),
             suffix_ids=suffix_ids,
-            seed=self._draw_seed(63) if seed is None else seed,
+            seed=self._draw_seed(63) if sampling.seed is None else sampling.seed,
+            unwatched=not watched,
         )
 
     def _suffix_ids(self, params: DiffusionParams) -> list[int]:

@@ -165,6 +165,15 @@ class Plan(ABC):
         self.window = self._next_window()
 
     @property
+    def next_is_sure(self) -> bool:
+        """True where the next window is known before the present one has run, and covers the same positions."""
+        return False
+
+    def presume(self) -> None:
+        """Advance to the next window, which is sure, before the present one has run."""
+        self.advance([block.num_masked - block.quota for block in self.window.blocks])
+
+    @property
     def steps_are_spent(self) -> bool:
         return self.params.max_steps is not None and self.step >= self.params.max_steps
 
@@ -241,13 +250,23 @@ class BlockwisePlan(Plan):
         params, (start, end) = self.params, self._blocks[self._block]
         block = ActiveBlock(start, end, self._num_masked, *self._pace())
         length = self.canvas_end + self.num_suffix
-        refreshed = self._block_step % params.cache_refresh == 0 if params.cache_refresh else self._block_step == 0
-        if params.cache == "none" or refreshed:
+        if self._covers_all(steps_ahead=0):
             first, last = 0, length
         else:
             first, last = start - self.shift, length if params.cache == "prefix" else end
         window = Window(first, last, length, self.step, (block,), params.cache != "none")
         return window if params.max_steps is None else self._take_all_if_last(window)
+
+    @property
+    def next_is_sure(self) -> bool:
+        (block,) = self.window.blocks
+        by_quota = block.threshold == math.inf and block.factor == 0 and self.params.max_steps is None
+        return by_quota and block.quota < block.num_masked and self._covers_all(1) == self._covers_all(0)
+
+    def _covers_all(self, steps_ahead: int) -> bool:
+        """Whether the window forwards everything, so many steps from now in the same block."""
+        step, refresh = self._block_step + steps_ahead, self.params.cache_refresh
+        return self.params.cache == "none" or (step % refresh == 0 if refresh else step == 0)
 
     def _pace(self) -> tuple[int, float, float]:
         """Quota, threshold and factor of the present step."""

@@ -74,11 +74,13 @@ class Layout:
     windows: WindowBatch
     slots: torch.Tensor  # [requests]
     first_cells: torch.Tensor  # [requests], where each begins in the flattened store
+    offsets: torch.Tensor  # [n] 0, 1, ...: no final prefix can grow by more than n
     token_index: torch.Tensor  # [tokens], into the flattened store
     positions: torch.Tensor  # [tokens], in the sequence
     # [4, places]: index in the flattened store, the token whose logits predict it, position in the sequence, request
     places: torch.Tensor
     block_request: torch.Tensor  # [blocks]
+    place_start_loc: torch.Tensor  # [blocks + 1] int32, places of a block
     request_start_loc: torch.Tensor | None  # [requests + 1] int32, blocks of a request; None: one each
     guidance: Guidance | None
     needs: Needs
@@ -94,21 +96,22 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """A layout with what changes from step to step. Rows are the places still masked; only they get logits."""
+    """A layout with what changes from step to step. Rows are the places that get logits: those still masked, or all."""
 
     layout: Layout
     windows: list[Window]  # of each request
     max_emitted: int  # no final prefix can have grown by more
+    every_place: bool  # True: rows are all places, masked or not, and so the same in every step of the layout
     # on the device
-    input_ids: torch.Tensor  # [tokens] int64
     row_cell: torch.Tensor  # [rows] int64, index in the flattened store
     row_token: torch.Tensor  # [rows] int64
     row_position: torch.Tensor  # [rows] int64
     row_request: torch.Tensor  # [rows] int64
     row_start_loc: torch.Tensor  # [blocks + 1] int32, rows of a block
-    step: torch.Tensor  # [requests] int32
-    final_prefix: torch.Tensor  # [requests] int32
-    quota: torch.Tensor  # [blocks] int32
+    numbers: torch.Tensor  # int32, the next three end to end
+    step: torch.Tensor  # [requests]
+    final_prefix: torch.Tensor  # [requests]
+    quota: torch.Tensor  # [blocks]
     threshold: torch.Tensor | None  # [blocks] float32; None where no block has one
     factor: torch.Tensor | None  # [blocks] float32; likewise
 
@@ -135,53 +138,8 @@ class BatchBuilder:
         self.page_size = 0
         self._layout: Layout | None = None
 
-    def build(self, windows: dict[str, Window]) -> StepBatch:
-        store, layout = self.store, self._lay_out(windows)
-        requests = [store.requests[request_id] for request_id in layout.request_ids]
-        steps = [windows[request_id] for request_id in layout.request_ids]
-        blocks = [block for window in steps for block in window.blocks]
-        row_loc = [*accumulate([block.num_masked for block in blocks], initial=0)]
-        # pinned positions, and blocks filled before the one in front of them, become final together with it
-        growth = [
-            (r.canvas_end if r.has_pinned or w.block_length else w.blocks[-1].end) - r.final_prefix
-            for r, w in zip(requests, steps, strict=True)
-        ]
-        step, final_prefix, quota, row_start_loc = to_device(
-            store.device,
-            [window.step for window in steps],
-            [request.final_prefix for request in requests],
-            [block.quota for block in blocks],
-            row_loc,
-            dtype=torch.int32,
-        )
-
-        # index_select: indexing with a tensor costs three times as much for the few numbers of a small step
-        input_ids = store.tokens.view(-1).index_select(0, layout.token_index)
-        if (guidance := layout.guidance) is not None:
-            input_ids[: guidance.num_tokens].masked_fill_(guidance.hidden, store.mask_token_id)
-        masked = store.masked.view(-1).index_select(0, layout.place_index)
-        row_place = torch.nonzero_static(masked, size=row_loc[-1]).view(-1)
-        row_cell, row_token, row_position, row_request = layout.places.index_select(1, row_place).unbind()
-        thresholds = [block.threshold for block in blocks] if layout.needs.thresholds else None
-        factors = [block.factor for block in blocks] if layout.needs.factors else None
-        return StepBatch(
-            layout=layout,
-            windows=steps,
-            max_emitted=max(0, *growth),  # a canvas begun again has emitted more than its first block holds
-            input_ids=input_ids,
-            row_cell=row_cell,
-            row_token=row_token,
-            row_position=row_position,
-            row_request=row_request,
-            row_start_loc=row_start_loc,
-            step=step,
-            final_prefix=final_prefix,
-            quota=quota,
-            threshold=thresholds and torch.tensor(thresholds, dtype=torch.float32, device=store.device),
-            factor=factors and torch.tensor(factors, dtype=torch.float32, device=store.device),
-        )
-
-    def _lay_out(self, windows: dict[str, Window]) -> Layout:
+    def lay_out(self, windows: dict[str, Window]) -> Layout:
+        """The layout of the windows, which is the last one where nothing but numbers of masks has changed."""
         store = self.store
         key = (
             store.tokens.shape[1],
@@ -190,6 +148,57 @@ class BatchBuilder:
         if self._layout is None or self._layout.key != key:
             self._layout = self._new_layout(key, windows)
         return self._layout
+
+    def build(self, windows: dict[str, Window], layout: Layout, every_place: bool = False) -> StepBatch:
+        store = self.store
+        steps = [windows[request_id] for request_id in layout.request_ids]
+        blocks = [block for window in steps for block in window.blocks]
+        row_loc = [] if every_place else [*accumulate([block.num_masked for block in blocks], initial=0)]
+        lists = (
+            [window.step for window in steps],
+            [store.requests[request_id].final_prefix for request_id in layout.request_ids],
+            [block.quota for block in blocks],
+            row_loc,
+        )
+        numbers = pack(store.device, *lists, dtype=torch.int32)
+        step, final_prefix, quota, row_start_loc = numbers.split_with_sizes([len(part) for part in lists])
+        if every_place:
+            rows, row_start_loc = layout.places, layout.place_start_loc
+        else:
+            # index_select: indexing with a tensor costs three times as much for the few numbers of a small step
+            masked = store.masked.view(-1).index_select(0, layout.place_index)
+            row_place = torch.nonzero_static(masked, size=row_loc[-1]).view(-1)
+            rows = layout.places.index_select(1, row_place)
+        row_cell, row_token, row_position, row_request = rows.unbind()
+        threshold = factor = None
+        if layout.needs.thresholds:
+            threshold = pack(store.device, [block.threshold for block in blocks], dtype=torch.float32)
+        if layout.needs.factors:
+            factor = pack(store.device, [block.factor for block in blocks], dtype=torch.float32)
+        return StepBatch(
+            layout=layout,
+            windows=steps,
+            max_emitted=len(layout.offsets) if every_place else max_growth(store, layout.request_ids, steps),
+            every_place=every_place,
+            row_cell=row_cell,
+            row_token=row_token,
+            row_position=row_position,
+            row_request=row_request,
+            row_start_loc=row_start_loc,
+            numbers=numbers,
+            step=step,
+            final_prefix=final_prefix,
+            quota=quota,
+            threshold=threshold,
+            factor=factor,
+        )
+
+    def input_ids(self, layout: Layout) -> torch.Tensor:
+        """``[tokens]`` int64, as the canvases are now."""
+        input_ids = self.store.tokens.view(-1).index_select(0, layout.token_index)
+        if (guidance := layout.guidance) is not None:
+            input_ids[: guidance.num_tokens].masked_fill_(guidance.hidden, self.store.mask_token_id)
+        return input_ids
 
     def _new_layout(self, key: tuple[object, ...], windows: dict[str, Window]) -> Layout:
         store, device, stride = self.store, self.store.device, self.store.tokens.shape[1]
@@ -235,7 +244,7 @@ class BatchBuilder:
             )
         one_block_each = len(blocks) == num_requests
         place_index = slot[place_request] * stride + place_position
-        token_index, positions, places, slots, first_cells, block_requests = to_device(
+        token_index, positions, places, slots, first_cells, block_requests, offsets = to_device(
             device,
             np.repeat(slot[of] * stride, length) + position,
             position,
@@ -243,8 +252,11 @@ class BatchBuilder:
             slot,
             slot * stride,
             block_request,
+            np.arange(power_of_two(max_growth(store, request_ids, steps))),
         )
-        (request_loc,) = to_device(device, start_loc([len(window.blocks) for window in steps]), dtype=torch.int32)
+        request_loc, place_loc = to_device(
+            device, start_loc([len(window.blocks) for window in steps]), start_loc(block_length), dtype=torch.int32
+        )
         return Layout(
             key=key,
             request_ids=request_ids,
@@ -253,10 +265,12 @@ class BatchBuilder:
             windows=self._window_batch(request_ids, steps, loc, len(guided)),
             slots=slots,
             first_cells=first_cells,
+            offsets=offsets,
             token_index=token_index,
             positions=positions,
             places=places.view(4, -1),
             block_request=block_requests,
+            place_start_loc=place_loc,
             request_start_loc=None if one_block_each else request_loc,
             guidance=guidance,
             needs=Needs.of([request.canvas for request in requests], steps),
@@ -289,7 +303,7 @@ class BatchBuilder:
     def _paged_windows(self, request_ids: list[str], steps: list[Window]) -> PagedWindows:
         length = [window.end - window.start for window in steps]
         num_pages = [-(-window.visible // self.page_size) for window in steps]
-        block_table = np.zeros((len(steps), max(num_pages)), dtype=np.int64)
+        block_table = np.zeros((len(steps), power_of_two(max(num_pages))), dtype=np.int64)
         for row, request_id, count in zip(block_table, request_ids, num_pages, strict=True):
             row[:count] = self.pages[request_id][:count]
         host = {
@@ -311,6 +325,25 @@ class BatchBuilder:
         )
 
 
+def max_growth(store: CanvasStore, request_ids: list[str], steps: list[Window]) -> int:
+    """By how much a final prefix can grow in a step at most.
+
+    Pinned positions, and blocks filled before the one in front of them, become final together with it.
+    """
+    requests = [store.requests[request_id] for request_id in request_ids]
+    ends = (
+        r.canvas_end if r.has_pinned or w.block_length else w.blocks[-1].end
+        for r, w in zip(requests, steps, strict=True)
+    )
+    # a canvas begun again has emitted more than its first block holds
+    return max(0, *(end - request.final_prefix for end, request in zip(ends, requests, strict=True)))
+
+
+def power_of_two(size: int) -> int:
+    """The next one, so that batches that differ a little have tensors of one shape and a recorded step serves them all."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
 def start_loc(length: list[int] | np.ndarray) -> np.ndarray:
     """``[0, length[0], length[0] + length[1], ...]``."""
     loc = np.zeros(len(length) + 1, dtype=np.int64)
@@ -323,14 +356,15 @@ def ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
     return np.repeat(start - start_loc(length)[:-1], length) + np.arange(length.sum())
 
 
-def to_device(
-    device: torch.device, *arrays: list[int] | np.ndarray, dtype: torch.dtype = torch.int64
-) -> tuple[torch.Tensor, ...]:
+def to_device(device: torch.device, *arrays: np.ndarray, dtype: torch.dtype = torch.int64) -> tuple[torch.Tensor, ...]:
     """The arrays as integer tensors on the device, in one copy."""
+    return pack(device, *arrays, dtype=dtype).split_with_sizes([len(array) for array in arrays])
+
+
+def pack(device: torch.device, *arrays: list[float] | np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """The arrays end to end as one tensor on the device."""
     if isinstance(arrays[0], list):  # a few numbers, for which numpy is slow
         packed = torch.tensor([number for array in arrays for number in array], dtype=dtype)
     else:
         packed = torch.from_numpy(np.concatenate(arrays, dtype=np.int64, casting="unsafe")).to(dtype)
-    if device.type == "cuda":
-        packed = packed.pin_memory().to(device, non_blocking=True)
-    return packed.split_with_sizes([len(array) for array in arrays])
+    return packed.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else packed

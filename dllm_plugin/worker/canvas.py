@@ -38,6 +38,7 @@ class CanvasStore:
         self.device = device
         self.requests: dict[str, Request] = {}
         self.forbidden_mask = torch.tensor([[mask_token_id]], device=device)
+        self.generation = 0  # goes up when the tensors below are replaced by larger ones
         self._free: list[int] = []
         self._num_begun = 0
         self.tokens = torch.empty((0, _MIN_LENGTH), dtype=torch.int64, device=device)
@@ -130,6 +131,7 @@ class CanvasStore:
                 new = torch.full(shape, name == "masked", dtype=old.dtype, device=self.device)
                 new[tuple(slice(size) for size in old.shape)] = old
                 setattr(self, name, new)
+        self.generation += 1
         self._free.extend(range(old_slots, num_slots))
 
 

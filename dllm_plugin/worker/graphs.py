@@ -1,131 +1,150 @@
-"""CUDA graphs of the forward pass: a step of small windows is bound by its launches, not by the GPU."""
+"""CUDA graphs of whole denoising steps: a step of few tokens is bound by its launches, not by the GPU."""
 
+import copy
 import logging
-import os
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
 from vllm.config import VllmConfig
-from vllm.forward_context import set_forward_context
 
-from dllm_plugin.attention import PagedWindows, WindowBatch
-from dllm_plugin.worker.batch import Layout
+from dllm_plugin.worker.batch import Layout, StepBatch
+from dllm_plugin.worker.canvas import CanvasStore
 
-ENVIRONMENT = "DLLM_PLUGIN_CUDA_GRAPHS"
 MOST_TOKENS = 1024  # with more the GPU is busy for longer than the launches take
 MOST_GRAPHS = 64
+MOST_SEEN = 4096
 
 logger = logging.getLogger("vllm." + __name__)
 
+Step = Callable[[StepBatch], torch.Tensor]
+
 
 @dataclass(slots=True)
-class Captured:
-    """A graph and what it reads and writes. ``layout``: the one whose numbers are in `windows` and `positions` now."""
+class Recorded:
+    """A graph, the batch whose tensors it reads, and the summary it writes. ``layout``: whose numbers are in the batch."""
 
-    windows: WindowBatch
-    input_ids: torch.Tensor
-    positions: torch.Tensor
-    replay: Callable[[], None] | None = None
-    hidden_states: torch.Tensor | None = None
-    layout: Layout | None = None
+    batch: StepBatch
+    layout: Layout
+    summary: torch.Tensor
+    replay: Callable[[], None]
 
-    def load(self, layout: Layout) -> None:
-        """Copy a layout's numbers to where the graph reads them."""
-        self.layout = layout
-        self.positions.copy_(layout.positions)
-        if self.windows.slot_mapping is not None:
-            self.windows.slot_mapping.copy_(layout.windows.slot_mapping)
-        source, target = layout.windows.paged, self.windows.paged
-        target.block_table[:, : source.block_table.shape[1]].copy_(source.block_table)
-        for name in PER_REQUEST:
-            getattr(target, name).copy_(getattr(source, name))
+    def load(self, batch: StepBatch) -> None:
+        """Copy a batch's numbers to where the graph reads them."""
+        if self.layout is not batch.layout:
+            self.layout = batch.layout
+            for (_, target), (_, source) in zip(tensors_of(self.batch.layout), tensors_of(batch.layout), strict=True):
+                target.copy_(source)
+        self.batch.numbers.copy_(batch.numbers)
+        if batch.threshold is not None:
+            self.batch.threshold.copy_(batch.threshold)
+        if batch.factor is not None:
+            self.batch.factor.copy_(batch.factor)
 
 
-class ForwardGraphs:
-    """Captures the forward pass of a shape of batch when it comes for the second time, and replays it from then on.
+class StepGraphs:
+    """Records the denoising step of a shape of batch when it comes for the second time, and replays it from then on.
 
-    Only for steps whose windows all read pages, on one CUDA device without adapters. Whatever differs between two batches
-    of one shape is read from tensors on the device. ``DLLM_PLUGIN_CUDA_GRAPHS=1`` switches it on: its tokens were compared
-    on a GPU, its speed was not measured yet.
+    Whatever differs between two batches of one shape is read from tensors on the device, the canvases too, and every
+    place gets logits, masked or not. Graphs serve one CUDA device without adapters, as ``enforce_eager`` allows, and steps
+    of at most 1,024 tokens; sorting for top-k and top-p waits for the host and is left to the ordinary path.
     """
 
-    def __init__(self, model: Callable, vllm_config: VllmConfig, device: torch.device, page_size: int) -> None:
-        self.model = model
-        self.vllm_config = vllm_config
+    def __init__(self, denoise: Step, store: CanvasStore, vllm_config: VllmConfig, page_size: int) -> None:
+        self.run = denoise
+        self.store = store
         self.page_size = page_size
         self.enabled = (
-            device.type == "cuda"
-            and os.environ.get(ENVIRONMENT, "0") == "1"
+            store.device.type == "cuda"
+            and vllm_config.model_config.hf_config.cuda_graphs
             and vllm_config.parallel_config.world_size == 1
             and vllm_config.lora_config is None
         )
-        self.pool = torch.cuda.graph_pool_handle() if self.enabled else None
-        self.seen: set[tuple] = set()
-        self.captured: dict[tuple, Captured] = {}
+        self.layout: Layout | None = None  # taken last, and its shape
+        self.shape: tuple = ()
+        self.seen: OrderedDict[tuple, None] = OrderedDict()
+        self.recorded: OrderedDict[tuple, Recorded] = OrderedDict()
+        self.forget()
 
-    def forward(self, input_ids: torch.Tensor, layout: Layout) -> torch.Tensor | None:
-        """Hidden states ``[tokens, hidden_size]``, valid until the next step; None where no graph serves the batch."""
-        if not self.enabled or (key := shape_of(layout)) is None:
-            return None
-        if key not in self.captured:
-            if key not in self.seen or len(self.captured) == MOST_GRAPHS:
-                self.seen.add(key)
-                return None
-            self.captured[key] = self.capture(input_ids, layout)
-        captured = self.captured[key]
-        if captured.layout is not layout:
-            captured.load(layout)
-        captured.input_ids.copy_(input_ids)
-        captured.replay()
-        return captured.hidden_states
+    def forget(self) -> None:
+        """Drop all graphs, whose canvases have moved, and their memory with them."""
+        self.recorded.clear()
+        self.generation = self.store.generation
+        self.pool = torch.cuda.graph_pool_handle() if self.store.device.type == "cuda" else None
 
-    def capture(self, input_ids: torch.Tensor, layout: Layout) -> Captured:
-        windows, paged = layout.windows, layout.windows.paged
-        width = pages_of(paged)
-        own = {name: getattr(paged, name).clone() for name in PER_REQUEST}
-        host = {f"{name}_cpu": None for name in PER_REQUEST}  # what is on the host does not change with the tensors
-        table = paged.block_table.new_zeros((len(paged.block_table), width))
-        captured = Captured(
-            windows=replace(
-                windows,
-                paged=replace(paged, **own, **host, block_table=table, max_visible=width * self.page_size),
-                slot_mapping=None if windows.slot_mapping is None else windows.slot_mapping.clone(),
-            ),
-            input_ids=input_ids.clone(),
-            positions=layout.positions.clone(),
-        )
-        captured.load(layout)
-        with set_forward_context(captured.windows, self.vllm_config, num_tokens=len(input_ids)):
-            captured.replay, captured.hidden_states = self.record(
-                lambda: self.model(captured.input_ids, captured.positions)
-            )
-        logger.info("Captured a CUDA graph for %d tokens of %d requests.", len(input_ids), len(table))
-        return captured
+    def take(self, layout: Layout) -> bool:
+        """Whether `denoise` is to run the steps of this layout."""
+        if not self.enabled or len(layout.token_index) > MOST_TOKENS or layout.needs.filters:
+            return False
+        if self.generation != self.store.generation:
+            self.forget()
+        if layout is not self.layout:
+            self.layout, self.shape = layout, shape_of(layout)
+        if self.shape in self.seen or self.shape in self.recorded:
+            return True
+        self.seen[self.shape] = None
+        if len(self.seen) > MOST_SEEN:
+            self.seen.popitem(last=False)
+        return False
 
-    def record(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        """A call that runs again, and the buffer that it fills."""
-        run()  # kernels that have yet to be compiled and loaded would break the capture
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            hidden_states = run()
-        return graph.replay, hidden_states
+    def denoise(self, batch: StepBatch) -> torch.Tensor:
+        """The summary of a step whose layout was taken last."""
+        if self.shape not in self.recorded:
+            return self.record(batch)
+        recorded = self.recorded[self.shape]
+        self.recorded.move_to_end(self.shape)
+        recorded.load(batch)
+        recorded.replay()
+        return recorded.summary.clone()
+
+    def record(self, batch: StepBatch) -> torch.Tensor:
+        """Run the step on tensors of its own, and then record the same for the steps to come."""
+        own = copy.deepcopy(replace(batch, layout=self.without_host_numbers(batch.layout), windows=[]))
+        summary = self.run(own)  # compiles and loads the kernels too, which would break a recording
+        if len(self.recorded) == MOST_GRAPHS:
+            self.recorded.popitem(last=False)
+        self.recorded[self.shape] = Recorded(own, batch.layout, *self.capture(own))
+        logger.debug("Recorded a step of %d tokens of %d requests.", len(own.layout.token_index), len(own.step))
+        return summary
+
+    def capture(self, batch: StepBatch) -> tuple[torch.Tensor, Callable[[], None]]:
+        """The summary's buffer, and a call that runs the step again."""
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # torch.cuda.graph() would also collect garbage, which takes longer than this
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                summary = self.run(batch)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+        return summary, graph.replay
+
+    def without_host_numbers(self, layout: Layout) -> Layout:
+        """The layout as a graph sees it: what the host knows of one batch would be wrong for the next."""
+        windows = layout.windows
+        if (full := windows.full) is not None:
+            windows = replace(windows, full=replace(full, query_start_loc_cpu=None))
+        if (paged := windows.paged) is not None:
+            names = [field.name for field in fields(paged) if field.name.endswith("_cpu")]
+            most = paged.block_table.shape[1] * self.page_size
+            windows = replace(windows, paged=replace(paged, max_visible=most, **dict.fromkeys(names)))
+        return replace(layout, windows=windows)
 
 
-PER_REQUEST = [
-    field.name for field in fields(PagedWindows) if field.type is torch.Tensor and field.name != "block_table"
-]
+def shape_of(layout: Layout) -> tuple:
+    """What two batches must share to be served by one graph."""
+    windows = layout.windows
+    lengths = [part.max_query_len for part in (windows.full, windows.paged) if part is not None]
+    shapes = [(name, tensor.shape) for name, tensor in tensors_of(layout)]
+    return layout.needs, windows.num_full_tokens, windows.first_stored, *lengths, *shapes
 
 
-def shape_of(layout: Layout) -> tuple[int, ...] | None:
-    """What two batches must share to be served by one graph; None for a batch that none should serve."""
-    windows, num_tokens = layout.windows, len(layout.token_index)
-    if windows.full is not None or num_tokens > MOST_TOKENS:
-        return None
-    num_stored = -1 if windows.slot_mapping is None else len(windows.slot_mapping)
-    return num_tokens, num_stored, len(windows.paged.visible), windows.paged.max_query_len, pages_of(windows.paged)
-
-
-def pages_of(paged: PagedWindows) -> int:
-    """Columns of a graph's block table: a power of two, so that sequences may grow."""
-    return 1 << (paged.block_table.shape[1] - 1).bit_length()
+def tensors_of(value: object, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of nested dataclasses by name, in their order."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from tensors_of(getattr(value, field.name), f"{name}.{field.name}" if name else field.name)

@@ -18,7 +18,6 @@ from dllm_plugin.attention import DiffusionAttention, FullWindows, WindowBatch
 from dllm_plugin.families import family_of
 from dllm_plugin.kernels import philox
 from dllm_plugin.kernels.confidence import Confidence, confidence
-from dllm_plugin.kernels.dispatch import iota
 from dllm_plugin.kernels.filter import filter_top_k_top_p
 from dllm_plugin.kernels.unmask import Unmasked, unmask
 from dllm_plugin.params import REMASKING_POLICIES
@@ -26,7 +25,7 @@ from dllm_plugin.scheduler.output import DiffusionModelRunnerOutput, DiffusionSc
 from dllm_plugin.worker.adapters import AdapterMixin
 from dllm_plugin.worker.batch import BatchBuilder, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
-from dllm_plugin.worker.graphs import ForwardGraphs
+from dllm_plugin.worker.graphs import StepGraphs
 
 # Rows of logits are computed in chunks of about this size, whatever the batch asks for.
 LOGITS_CHUNK_BYTES = 256 * 2**20
@@ -45,7 +44,7 @@ class DiffusionModelRunner(AdapterMixin):
         self.lora_config = vllm_config.lora_config
         self.device = device
         self.model: nn.Module
-        self.graphs: ForwardGraphs | None = None  # there from the KV cache on
+        self.graphs: StepGraphs | None = None  # there from the KV cache on
         self.model_memory_usage = 0
         self.kv_caches: list[torch.Tensor] = []
         self.num_forward_passes = 0
@@ -64,13 +63,25 @@ class DiffusionModelRunner(AdapterMixin):
         """Run the scheduler's windows; returns the tokens that became final and how much is left masked."""
         assert isinstance(scheduler_output, DiffusionSchedulerOutput)
         self.update_canvases(scheduler_output)
-        if not scheduler_output.windows:
+        if not scheduler_output.steps:
             return EMPTY_MODEL_RUNNER_OUTPUT
-        batch = self.batches.build(scheduler_output.windows)
+        layout = self.batches.lay_out(scheduler_output.steps[0])  # of all steps
+        recorded = self.graphs.take(layout)
+        summaries = []
+        for windows in scheduler_output.steps:
+            batch = self.batches.build(windows, layout, every_place=recorded)
+            if self.lora_config:
+                self.activate_adapters(batch)
+            summaries.append(self.graphs.denoise(batch) if recorded else self.denoise(batch))
+        self.num_forward_passes += len(summaries)
+        return self.read(batch, summaries)
+
+    def denoise(self, batch: StepBatch) -> torch.Tensor:
+        """One step on the device, without a word from the host: forward, choose, unmask, summarize."""
         hidden_states = self.forward(batch)
         token, ranking = self.choose(hidden_states, batch)
         unmasked = self.unmask(batch, token, ranking)
-        return self.collect(batch, unmasked)
+        return self.summarize(batch, unmasked)
 
     def update_canvases(self, scheduler_output: DiffusionSchedulerOutput) -> None:
         pages = self.batches.pages
@@ -90,14 +101,10 @@ class DiffusionModelRunner(AdapterMixin):
 
     def forward(self, batch: StepBatch) -> torch.Tensor:
         """Hidden states ``[tokens, hidden_size]``."""
-        self.num_forward_passes += 1
-        if self.lora_config:
-            self.activate_adapters(batch)
-        hidden_states = self.graphs.forward(batch.input_ids, batch.layout)
-        if hidden_states is not None:
-            return hidden_states
-        with set_forward_context(batch.layout.windows, self.vllm_config, num_tokens=len(batch.input_ids)):
-            return self.model(batch.input_ids, batch.layout.positions)
+        layout = batch.layout
+        input_ids = self.batches.input_ids(layout)
+        with set_forward_context(layout.windows, self.vllm_config, num_tokens=len(input_ids)):
+            return self.model(input_ids, layout.positions)
 
     def choose(self, hidden_states: torch.Tensor, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Token of every row, and the confidence its position is ranked by: ``[rows]`` each."""
@@ -193,34 +200,50 @@ class DiffusionModelRunner(AdapterMixin):
             seed=state.seed[batch.slots[block_request]] if random_order else None,
             step=batch.step[block_request].long() if random_order else None,
             eos_token_id=None,  # vLLM's scheduler looks for the end of a response
+            skip_unmasked=batch.every_place,
         )
 
-    def collect(self, batch: StepBatch, unmasked: Unmasked) -> DiffusionModelRunnerOutput:
-        """Read what the host needs in one copy: masks left, and the tokens by which each final prefix grew."""
-        state, layout, num_requests, width = self.state, batch.layout, len(batch.windows), batch.max_emitted
+    def summarize(self, batch: StepBatch, unmasked: Unmasked) -> torch.Tensor:
+        """What the host needs of a step, in one int64 tensor that `read` takes apart.
+
+        Masks left in each block, the final prefix of each request, as many tokens as it can have grown by, and with
+        pipelined blocks whether EOS is taken.
+        """
+        state, layout = self.state, batch.layout
         first = layout.first_cells + batch.final_prefix
-        tail = (first[:, None] + iota(width, self.device)).view(-1).clamp_(max=state.tokens.numel() - 1)
+        tail = (first[:, None] + layout.offsets[: batch.max_emitted]).view(-1).clamp_(max=state.tokens.numel() - 1)
         parts = [unmasked.remaining, unmasked.final_prefix, state.tokens.view(-1).index_select(0, tail)]
         if layout.needs.pipelined:
             parts.append(self.eos_is_taken(batch))
-        numbers = torch.cat(parts).tolist()
-        remaining = len(unmasked.remaining)
-        final_prefix = numbers[remaining : remaining + num_requests]
-        eos_is_taken = numbers[-num_requests:] if layout.needs.pipelined else ()
-        first_block, first_token = 0, remaining + num_requests
-        sampled_token_ids, num_masked = [], {}
-        for request_id, window, prefix in zip(batch.request_ids, batch.windows, final_prefix, strict=True):
+        return torch.cat(parts)
+
+    def read(self, batch: StepBatch, summaries: list[torch.Tensor]) -> DiffusionModelRunnerOutput:
+        """Wait for the steps, of which `batch` is the last, and take their summaries apart."""
+        state, num_requests, num_blocks = self.state, len(batch.windows), len(batch.quota)
+        steps = [summary.tolist() for summary in summaries]
+        numbers = steps[-1]
+        eos_is_taken = numbers[-num_requests:] if batch.layout.needs.pipelined else ()
+        first_block, first_token = 0, num_blocks + num_requests
+        sampled_token_ids, num_emitted, num_masked = [], {}, {}
+        for i, (request_id, window) in enumerate(zip(batch.request_ids, batch.windows, strict=True)):
             request = state.requests[request_id]
             num_masked[request_id] = numbers[first_block : first_block + len(window.blocks)]
             first_block += len(window.blocks)
-            num_new = max(0, min(prefix, request.canvas_end) - request.final_prefix)
-            sampled_token_ids.append(numbers[first_token : first_token + num_new])
-            first_token += width
-            request.final_prefix += num_new
+            emitted = []
+            before = start = request.final_prefix
+            for step in steps:
+                prefix = max(before, min(step[num_blocks + i], request.canvas_end))
+                emitted.append(prefix - before)
+                before = prefix
+            num_emitted[request_id] = emitted
+            sampled_token_ids.append(numbers[first_token : first_token + before - start])
+            first_token += batch.max_emitted
+            request.final_prefix = before
         return DiffusionModelRunnerOutput(
             req_ids=batch.request_ids,
             req_id_to_index={request_id: i for i, request_id in enumerate(batch.request_ids)},
             sampled_token_ids=sampled_token_ids,
+            num_emitted=num_emitted,
             num_masked=num_masked,
             eos_is_taken={i for i, taken in zip(batch.request_ids, eos_is_taken, strict=False) if taken},
         )
@@ -230,7 +253,7 @@ class DiffusionModelRunner(AdapterMixin):
         layout, state = batch.layout, self.state
         tokens, masked = state.tokens.view(-1)[layout.place_index], state.masked.view(-1)[layout.place_index]
         ends = (tokens == state.stop_at[layout.slots[layout.place_request]]) & ~masked
-        return torch.zeros_like(batch.final_prefix).index_put_((layout.place_request,), ends.int(), accumulate=True)
+        return torch.zeros_like(batch.final_prefix).index_add_(0, layout.place_request, ends.int())
 
     # ---- what vLLM's workers ask of a model runner
 
@@ -271,7 +294,7 @@ class DiffusionModelRunner(AdapterMixin):
             layer.bind_kv_cache(caches[name])
         self.batches.page_size = next(iter(self.attention_layers.values())).key_cache.shape[1]
         self.kv_caches = list(caches.values())
-        self.graphs = ForwardGraphs(self.model, self.vllm_config, self.device, self.batches.page_size)
+        self.graphs = StepGraphs(self.denoise, self.state, self.vllm_config, self.batches.page_size)
 
     @torch.inference_mode()
     def profile_run(self, randomize_inputs: bool = False) -> None:

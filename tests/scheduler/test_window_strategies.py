@@ -1,5 +1,6 @@
 """The windows of every strategy, as tables of steps, and what holds for any course of a request."""
 
+import copy
 import math
 import random
 from collections.abc import Sequence
@@ -409,6 +410,10 @@ pipelined = st.fixed_dictionaries(
 requests = st.fixed_dictionaries({"prompt": st.integers(1, 20), "shift": st.integers(0, 1), "room": st.integers(1, 60)})
 
 
+def places(window: Window) -> tuple:
+    return window.start, window.end, [(block.start, block.end) for block in window.blocks]
+
+
 class Simulation:
     """A request without a model. Each step takes some positions of each active block, at least its quota."""
 
@@ -431,7 +436,7 @@ class Simulation:
         assert not self.masked
 
     def step(self) -> None:
-        window = self.plan.window
+        window, sure = self.plan.window, self.plan.next_is_sure
         self.check(window)
         self.written |= dict.fromkeys(range(window.start, window.end), window.step)
         report = []
@@ -439,13 +444,19 @@ class Simulation:
             masked = sorted(self.masked.intersection(range(block.start, block.end)))
             assert len(masked) == block.num_masked, "the plan lost count"
             fewest = len(masked) if block.threshold <= 0 else min(block.quota, len(masked))
-            taken = self.random.sample(masked, self.random.choice([fewest, self.random.randint(fewest, len(masked))]))
+            most = fewest if sure else self.random.choice([fewest, self.random.randint(fewest, len(masked))])
+            taken = self.random.sample(masked, most)
             self.masked -= set(taken)
             self.taken |= dict.fromkeys(taken, window.step)
             report.append(len(masked) - len(taken))
         self.windows.append(window)
         self.reports.append(report)
+        presumed = copy.copy(self.plan)
         self.plan.advance(report)
+        if sure:
+            presumed.presume()
+            assert presumed.window == self.plan.window
+            assert places(presumed.window) == places(window)
 
     def check(self, window: Window) -> None:
         plan = self.plan
@@ -497,3 +508,29 @@ def test_a_restarted_canvas_replays(request_settings, strategy, seed):
         plan.advance(undisturbed.reports[step])
         step += 1
     assert step == len(undisturbed.windows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_sure"),
+    [
+        ({}, [1] * 7 + [0]),
+        ({"steps": 4}, [1] * 3 + [0]),
+        ({"block_length": 4}, [1, 1, 1, 0] * 2),
+        ({"block_length": 4, "cache": "dual"}, [0, 1, 1, 0] * 2),  # the first step of a block forwards more
+        ({"block_length": 4, "cache": "prefix", "cache_refresh": 2}, [0, 0, 0, 0] * 2),
+        ({"remasking": "entropy", "steps": 4}, [1] * 3 + [0]),
+        ({"remasking": "origin"}, [0] * 8),  # takes as many as chance will have it
+        ({"threshold": 0.9}, [0] * 8),
+        ({"factor": 0.5}, [0] * 8),
+        ({"max_steps": 8}, [0] * 8),
+        ({"strategy": "d2f"}, [0] * 8),
+    ],
+    ids=str,
+)
+def test_which_windows_are_sure_of_the_next(settings, num_sure):
+    plan = plan_of(prompt=5, room=8, **settings)
+    seen = []
+    while not plan.canvas_is_full:
+        seen.append(int(plan.next_is_sure))
+        plan.advance([block.num_masked - max(1, block.quota) for block in plan.window.blocks])
+    assert seen == num_sure

@@ -1,0 +1,127 @@
+"""Denoising steps replayed from graphs give the tokens of steps that are run.
+
+There is no CUDA here: a recorded step is run again instead, on the tensors that a graph would read, so that a number which
+was baked in, or a tensor that nobody loads, gives another token.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import test_parity
+import test_strategies
+import torch
+from helpers import EOS, difference, drive, engine, model_runner, random_prompt
+from test_parity import FAMILIES
+from vllm import SamplingParams
+
+from dllm_plugin.worker import graphs
+from dllm_plugin.worker.batch import StepBatch
+from dllm_plugin.worker.graphs import StepGraphs
+
+
+class Rerun(StepGraphs):
+    """Step graphs that run a recorded step again where a GPU would replay it."""
+
+    num_replays = 0
+
+    def __init__(self, of: StepGraphs, runner) -> None:
+        super().__init__(of.run, of.store, runner.vllm_config, of.page_size)
+        self.enabled = True
+
+    def capture(self, batch: StepBatch) -> tuple[torch.Tensor, Callable[[], None]]:
+        summary = torch.empty(0, dtype=torch.int64)
+
+        def replay() -> None:
+            self.num_replays += 1
+            written = self.run(batch)
+            summary.resize_(written.shape).copy_(written)
+
+        return summary, replay
+
+
+@pytest.fixture
+def recording(monkeypatch) -> Iterator[Callable]:
+    """``recording(checkpoint)``: its engine, and the graphs that its steps are replayed from for the time of a test."""
+
+    def start(checkpoint: str):
+        llm = engine(checkpoint)
+        runner = model_runner(llm)
+        rerun = Rerun(runner.graphs, runner)
+        monkeypatch.setattr(runner, "graphs", rerun)
+        return llm, rerun
+
+    return start
+
+
+@pytest.mark.parametrize("checkpoint", FAMILIES)
+def test_every_strategy(recording, checkpoint):
+    llm, rerun = recording(checkpoint)
+    policy = {"remasking": test_strategies.by_probability(checkpoint)}
+    strategies = ({}, *test_strategies.CACHES, {"cache": "dual", "threshold": 0.05}, {"cache": "prefix", "factor": 0.7})
+    cases = test_strategies.grid(checkpoint, test_strategies.SHAPES, *(policy | strategy for strategy in strategies))
+    cases += [case for case in test_strategies.PIPELINED if case.checkpoint == checkpoint]
+    outputs = test_strategies.run(llm, cases) + test_strategies.run(llm, cases[::3], alone=True)
+    wrong = [test_strategies.difference(*pair) for pair in zip(cases + cases[::3], outputs, strict=True)]
+    assert not any(wrong), "\n".join(filter(None, wrong))
+    assert rerun.num_replays > 100 and len(rerun.recorded) > 5
+
+
+@pytest.mark.parametrize("checkpoint", [*FAMILIES, *test_parity.LOUD])
+def test_every_policy(recording, checkpoint):
+    """With guidance, suppression, several canvases and early ends, alone and sixteen at a time."""
+    llm, rerun = recording(checkpoint)
+    cases = [case for case in test_parity.CASES if case.checkpoint == checkpoint]
+    together, _ = drive(llm, [case.request for case in cases])
+    alone = [drive(llm, [case.request])[0][0] for case in cases[::3]]
+    wrong = [difference(*pair) for pair in zip(cases + cases[::3], together + alone, strict=True)]
+    assert not any(wrong), "\n".join(filter(None, wrong))
+    assert rerun.num_replays > 100
+
+
+def test_samples_are_those_of_steps_that_are_run(recording):
+    requests = [
+        (random_prompt(9, f"sampled {i}"), SamplingParams(temperature=1.0, seed=i, max_tokens=12, detokenize=False))
+        for i in range(4)
+    ]
+    run, _ = drive(engine("llada"), requests)
+    llm, rerun = recording("llada")
+    for _ in range(2):
+        replayed, _ = drive(llm, requests)
+        assert [o.outputs[0].token_ids for o in replayed] == [o.outputs[0].token_ids for o in run]
+    assert rerun.num_replays > 10
+
+
+def test_filters_are_left_to_the_ordinary_path(recording):
+    """Top-k sorts rows that only the host can count."""
+    llm, rerun = recording("llada")
+    params = SamplingParams(temperature=1.0, top_k=5, seed=1, max_tokens=6, detokenize=False)
+    drive(llm, [(random_prompt(5, "filtered"), params)] * 2)
+    assert not rerun.recorded
+
+
+def test_least_used_graphs_make_room(recording, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    llm, rerun = recording("dream")
+    cases = [case for case in test_parity.SHAPE_CASES if case.checkpoint == "dream"][::3]
+    for case in cases * 2:
+        (output,), _ = drive(llm, [case.request])
+        assert not difference(case, output)
+        assert len(rerun.recorded) <= 2
+
+
+def test_canvases_that_move_take_their_graphs_with_them(recording):
+    """A longer sequence than any before has the canvases copied to larger tensors, which no graph knows."""
+    llm, rerun = recording("llada")
+    store = model_runner(llm).state
+    case = test_parity.SHAPE_CASES[1]
+    for _ in range(2):
+        drive(llm, [case.request])
+    before, generation = dict(rerun.recorded), store.generation
+    assert before
+    long = random_prompt(store.tokens.shape[1] + 1, "long")
+    params = SamplingParams(temperature=0.0, max_tokens=2, detokenize=False, stop_token_ids=[EOS])
+    drive(llm, [(long, params)])
+    assert store.generation > generation
+    (output,), _ = drive(llm, [case.request])
+    assert not difference(case, output)
+    assert not set(map(id, before.values())) & set(map(id, rerun.recorded.values()))
