@@ -1,8 +1,10 @@
 """Times denoising steps of the real engine on a GPU, with an 8B LLaDA of random weights: python benchmarks/gpu_engine.py
 
-The shape of GSAI-ML/LLaDA-8B-Instruct in bfloat16, prompts of 1,024 tokens, two blocks of 32 under the dual cache, one
-token a step. The first step of a block forwards the whole sequence, the other 31 its block alone; each kind is timed by
-itself, whole engine steps from the host's clock, and in them the time that the GPU is at work. Random weights have no
+The shape of GSAI-ML/LLaDA-8B-Instruct in bfloat16. First, prompts of 1,024 tokens, two blocks of 32 under the dual cache,
+one token a step: the first step of a block forwards the whole sequence, the other 31 its block alone, and each kind is timed
+by itself. Then one prompt of 100 and a canvas of 256 without a cache, two tokens a step. All with outputs asked for at the
+end, as `LLM.generate` does, and the first also streamed, where each denoising step is an engine step of its own; and with
+CUDA graphs and without. Times are engine steps by the host's clock, divided by their denoising steps. Random weights have no
 accuracy; this is about speed only. The last line is one JSON object; `--json FILE` writes it too.
 """
 
@@ -24,6 +26,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from vllm import LLM, SamplingParams
 from vllm import __version__ as vllm_version
+from vllm.sampling_params import RequestOutputKind
 
 PROMPT, BLOCK, CANVAS = 1024, 32, 64
 CONFIG = {
@@ -44,43 +47,68 @@ def build() -> LLM:
         )  # fmt: skip
 
 
-def measure(llm: LLM, batch: int) -> dict:
-    """Medians over the steps of `batch` requests that run together from beginning to end."""
-    engine = llm.llm_engine
-    params = SamplingParams(
-        temperature=0.0, max_tokens=CANVAS, ignore_eos=True,
-        extra_args={"diffusion_cache": "dual", "diffusion_block_length": BLOCK, "diffusion_steps": CANVAS},
+def sampling(max_tokens: int, streamed: bool, **extras: object) -> SamplingParams:
+    return SamplingParams(
+        temperature=0.0, max_tokens=max_tokens, ignore_eos=True,
+        output_kind=RequestOutputKind.CUMULATIVE if streamed else RequestOutputKind.FINAL_ONLY,
+        extra_args={f"diffusion_{name}": value for name, value in extras.items()},
     )  # fmt: skip
+
+
+def runner_of(llm: LLM):
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def seconds_a_step(llm: LLM, batch: int, prompt_length: int, params: SamplingParams) -> list[float]:
+    """Seconds of every denoising step of `batch` requests that run together from beginning to end."""
+    engine, runner = llm.llm_engine, runner_of(llm)
     generator = torch.Generator().manual_seed(batch)
+    for number in range(batch):
+        prompt = torch.randint(0, 126_000, (prompt_length,), generator=generator).tolist()
+        engine.add_request(f"{batch}-{number}-{time.time_ns()}", {"prompt_token_ids": prompt}, params)
+    seconds = []
+    while engine.has_unfinished_requests():
+        before, begin = runner.num_forward_passes, time.perf_counter()
+        engine.step()
+        torch.cuda.synchronize()
+        passes = runner.num_forward_passes - before
+        seconds += [(time.perf_counter() - begin) / passes] * passes
+    return seconds
 
-    def steps() -> list[float]:
-        for number in range(batch):
-            prompt = torch.randint(0, 126_000, (PROMPT,), generator=generator).tolist()
-            engine.add_request(f"{batch}-{number}-{time.time_ns()}", {"prompt_token_ids": prompt}, params)
-        seconds = []
-        while engine.has_unfinished_requests():
-            begin = time.perf_counter()
-            engine.step()
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begin)
-        return seconds
 
-    steps()  # compiles
-    seconds = steps()
+def measure_blocks(llm: LLM, batch: int, streamed: bool) -> dict:
+    """Medians over the steps of a kind."""
+    params = sampling(CANVAS, streamed, cache="dual", block_length=BLOCK, steps=CANVAS)
+    for _ in range(2):
+        seconds_a_step(llm, batch, PROMPT, params)  # compiles, records
+    seconds = seconds_a_step(llm, batch, PROMPT, params)
     if len(seconds) != CANVAS:
         raise AssertionError(f"{CANVAS} steps unmask {CANVAS} positions one at a time, took {len(seconds)}")
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        steps()
+        seconds_a_step(llm, batch, PROMPT, params)
     kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
     busy = sum(kernel.device_time_total for kernel in kernels) / 1e6  # of all steps, whole sequences included
     whole = [seconds[0], seconds[BLOCK]]
     return {
         "batch": batch,
-        "block_step_ms": 1e3 * statistics.median(set(seconds) - set(whole)),
+        "streamed": streamed,
+        "graphs": runner_of(llm).graphs.enabled,
+        "block_step_ms": 1e3 * statistics.median(seconds[1:BLOCK] + seconds[BLOCK + 1 :]),
         "whole_step_ms": 1e3 * statistics.median(whole),
         "tokens_per_s": batch * CANVAS / sum(seconds),
         "gpu_busy": busy / sum(seconds),
-        "gpu_kernels_a_step": len(kernels) / CANVAS,
+    }
+
+
+def measure_whole(llm: LLM) -> dict:
+    """The reference decoder's way: every step forwards the whole sequence."""
+    params = sampling(256, streamed=False, steps=128)
+    for _ in range(2):
+        seconds = seconds_a_step(llm, 1, 100, params)
+    return {
+        "graphs": runner_of(llm).graphs.enabled,
+        "uncached_step_ms": 1e3 * statistics.median(seconds),
+        "tokens_per_s": 256 / sum(seconds),
     }
 
 
@@ -92,9 +120,14 @@ def main() -> None:
         raise SystemExit("gpu_engine.py needs a CUDA device; benchmarks/overhead.py measures the engine on a CPU")
     llm = build()
     result = {"environment": environment() | {"vllm": vllm_version}, "steps": []}
-    for batch in (1, 8, 32):
-        result["steps"].append(measure(llm, batch))
-        print({name: round(value, 2) for name, value in result["steps"][-1].items()}, flush=True)
+    for graphs in (True, False):
+        runner_of(llm).graphs.enabled = graphs
+        for streamed in (False, True):
+            for batch in (1, 8, 32):
+                result["steps"].append(measure_blocks(llm, batch, streamed))
+                print(result["steps"][-1], flush=True)
+        result["steps"].append(measure_whole(llm))
+        print(result["steps"][-1], flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

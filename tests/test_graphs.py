@@ -125,3 +125,16 @@ def test_canvases_that_move_take_their_graphs_with_them(recording):
     (output,), _ = drive(llm, [case.request])
     assert not difference(case, output)
     assert not set(map(id, before.values())) & set(map(id, rerun.recorded.values()))
+
+
+def test_a_graph_that_cannot_be_recorded_costs_no_request(recording, monkeypatch):
+    llm, rerun = recording("llada")
+
+    def out_of_memory(batch):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(rerun, "capture", out_of_memory)
+    case = test_parity.SHAPE_CASES[1]
+    (output,), _ = drive(llm, [case.request])
+    assert not difference(case, output)
+    assert not rerun.enabled and not rerun.recorded

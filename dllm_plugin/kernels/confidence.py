@@ -106,7 +106,9 @@ def confidence_reference(
     per_row = [no_choice, no_mass, temperature, tempered, *noise]
     step = rows_per_block(vocab)
     if step >= rows:
-        return Confidence(*_block(logits.to(torch.float32, copy=True), *per_row, log_probability, margin, entropy))
+        changed = no_mass is not None or tempered is not None
+        x = logits.to(torch.float32, copy=changed)
+        return Confidence(*_block(x, *per_row, log_probability, margin, entropy, overwrite=x is not logits))
     scratch = logits.new_empty((step, vocab), dtype=torch.float32)
     blocks = []
     for begin in range(0, rows, step):
@@ -119,6 +121,7 @@ def confidence_reference(
             log_probability,
             margin,
             entropy,
+            overwrite=True,
         )
         blocks.append([None if tensor is None else tensor[begin - first :] for tensor in block])
     return Confidence(*(None if column[0] is None else torch.cat(column) for column in zip(*blocks, strict=True)))
@@ -136,8 +139,9 @@ def _block(
     log_probability: bool,
     margin: bool,
     entropy: bool,
+    overwrite: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Token, probability and statistics of fp32 logits `x`, which it overwrites."""
+    """Token, probability and statistics of fp32 logits `x`; False leaves them as they are where no column changes."""
     best = token = _greedy(x, no_choice)
     if temperature is not None:
         token = _sample(x, token, no_choice, temperature, seed, position, step)
@@ -148,7 +152,7 @@ def _block(
     column = token[:, None]
     if log_probability:
         below_max = x.gather(1, column).squeeze(1) - x.amax(1)
-    p = torch.softmax(x, -1, out=x)
+    p = torch.softmax(x, -1, out=x if overwrite else None)
     return (
         token,
         p.gather(1, column).squeeze(1),

@@ -16,8 +16,8 @@ class Canvas:
 
     ``token_ids``: prompt and everything final before this canvas. ``canvas_ids``: -1 for a mask, otherwise a pinned
     token. ``suffix_ids``: what stands behind. ``num_emitted``: tokens of this canvas that were emitted before a
-    preemption made it begin again. ``eos_token_id``: what ends the response, -1 if nothing does. ``seed``: the same on
-    every rank.
+    preemption made it begin again. ``eos_token_id``: the EOS that ends the response, -1 if none does; ``ends_at``: all
+    tokens that do. ``seed``: the same on every rank.
     """
 
     token_ids: list[int]
@@ -25,6 +25,7 @@ class Canvas:
     suffix_ids: list[int]
     num_emitted: int
     eos_token_id: int
+    ends_at: frozenset[int]
     lora_request: LoRARequest | None
     params: DiffusionParams
     temperature: float
@@ -37,7 +38,8 @@ class Canvas:
 class DiffusionSchedulerOutput(SchedulerOutput):
     """Denoising steps to run one after the other, and the canvases that begin with them.
 
-    ``steps``: the window of every scheduled request, by step. Windows of later steps cover the same positions.
+    ``steps``: the window of every scheduled request, by step. Windows of later steps cover the same positions. When a
+    token ends a request, the steps that have not begun are left out.
     """
 
     canvases: dict[str, Canvas] = field(default_factory=dict)
@@ -48,9 +50,9 @@ class DiffusionSchedulerOutput(SchedulerOutput):
 class DiffusionModelRunnerOutput(ModelRunnerOutput):
     """``sampled_token_ids``: the tokens by which each request's final prefix grew; often none.
 
-    ``num_emitted``: request id to the number of them that each step brought. ``num_masked``: request id to the number of
-    positions still masked in each block that was active, after the last step. ``eos_is_taken``: requests of which an
-    active block holds EOS, masks before it or not.
+    ``num_emitted``: request id to the number of them that each step brought, as many steps as were run. ``num_masked``:
+    request id to the number of positions still masked in each block that was active, after the last step.
+    ``eos_is_taken``: requests of which an active block holds EOS, masks before it or not.
     """
 
     num_emitted: dict[str, list[int]] = field(default_factory=dict)

@@ -1,6 +1,7 @@
 """The vLLM scheduler, with denoising windows instead of tokens to compute."""
 
 import random
+import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +22,8 @@ from dllm_plugin.params import HOLE, DiffusionParams, parse_request
 from dllm_plugin.scheduler.output import Canvas, DiffusionModelRunnerOutput, DiffusionSchedulerOutput
 from dllm_plugin.scheduler.window import Plan, Window, make_plan
 
-MOST_STEPS = 4  # that run between two calls of the scheduler, in which a request that arrives has to wait
+# Steps that run between two calls of the scheduler, and how long a request that arrives may have to wait for them.
+MOST_STEPS, MOST_SECONDS = 8, 0.25
 
 logger = init_logger("vllm." + __name__)
 
@@ -44,7 +46,7 @@ class DiffusionScheduler(Scheduler):
     - A request is admitted when its whole canvas fits the KV cache and its window fits the step's token budget.
     - First come, first served: where the budget cannot hold every running request, the latest wait for a later step.
     - A window is never chunked, since its queries see each other; one larger than the budget runs alone.
-    - Where nobody watches, up to four steps that are sure run one after the other before the next call.
+    - Where nobody watches, up to eight steps that are sure run one after the other before the next call.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -54,6 +56,7 @@ class DiffusionScheduler(Scheduler):
         self.denoising: dict[str, Denoising] = {}
         self._draw_seed = random.Random(self.vllm_config.model_config.seed).getrandbits
         self._num_sharing = self._tokens_left = 0  # of the step being scheduled
+        self._scheduled_at = self._step_seconds = 0.0  # of the last steps
         self._allocate_slots = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_canvas
 
@@ -90,6 +93,7 @@ class DiffusionScheduler(Scheduler):
                 plan.restart_canvas()
                 canvases[req_id] = self._canvas(self.requests[req_id])
             windows[req_id] = plan.window
+        self._scheduled_at = time.monotonic()
         return DiffusionSchedulerOutput(**vars(output), canvases=canvases, steps=self._look_ahead(windows))
 
     def update_from_output(
@@ -98,15 +102,20 @@ class DiffusionScheduler(Scheduler):
         assert isinstance(scheduler_output, DiffusionSchedulerOutput)
         if scheduler_output.steps:
             assert isinstance(model_runner_output, DiffusionModelRunnerOutput)
-            for req_id in scheduler_output.steps[-1]:
+            num_run = len(next(iter(model_runner_output.num_emitted.values())))
+            self._step_seconds = (time.monotonic() - self._scheduled_at) / num_run
+            steps = scheduler_output.steps[:num_run]
+            for req_id, window in steps[-1].items():
                 if (denoising := self.denoising.get(req_id)) is None:
                     continue  # aborted while the steps ran
+                if denoising.plan.window is not window:
+                    denoising.plan.rewind(window)
                 eos_is_taken = req_id in model_runner_output.eos_is_taken
                 denoising.plan.advance(model_runner_output.num_masked[req_id], eos_is_taken)
                 num_emitted = model_runner_output.num_emitted[req_id]
                 denoising.steps_run = [
                     (sum(block.num_masked for block in step[req_id].blocks), emitted)
-                    for step, emitted in zip(scheduler_output.steps, num_emitted, strict=True)
+                    for step, emitted in zip(steps, num_emitted, strict=True)
                 ]
                 if not any(num_emitted):  # vLLM has nothing to update the request with
                     self._record_steps(self.requests[req_id])
@@ -128,10 +137,10 @@ class DiffusionScheduler(Scheduler):
         return new_token_ids, stopped
 
     def _look_ahead(self, windows: dict[str, Window]) -> list[dict[str, Window]]:
-        """The steps to run before the scheduler is asked again: one, or up to four that are sure and can be seen by nobody.
+        """The steps to run before the scheduler is asked again: one, or up to eight that are sure and seen by nobody.
 
-        So a step costs a quarter of what the host does around it. Nothing may wait for its turn meanwhile, no output may
-        be asked for before the end, and nothing but a token may end a request.
+        So a step costs an eighth of what the host does around it. Nothing may wait for its turn meanwhile, no output may
+        be asked for before the end, and nothing may end a request but a token, which the worker sees.
         """
         if not windows:
             return []
@@ -139,7 +148,8 @@ class DiffusionScheduler(Scheduler):
         if len(running) < self.get_num_unfinished_requests() or not all(one.unwatched for one in running):
             return steps
         plans = [denoising.plan for denoising in running]
-        while len(steps) < MOST_STEPS and all(plan.next_is_sure for plan in plans):
+        most = min(MOST_STEPS, MOST_SECONDS / self._step_seconds) if self._step_seconds else 1
+        while len(steps) + 1 <= most and all(plan.next_is_sure for plan in plans):
             for plan in plans:
                 plan.presume()
             steps.append({req_id: plan.window for req_id, plan in zip(windows, plans, strict=True)})
@@ -246,6 +256,7 @@ class DiffusionScheduler(Scheduler):
             suffix_ids=denoising.suffix_ids,
             num_emitted=request.num_tokens - plan.canvas_start,
             eos_token_id=-1 if sampling.eos_token_id is None else sampling.eos_token_id,
+            ends_at=frozenset([sampling.eos_token_id, *(sampling.stop_token_ids or ())]),
             lora_request=request.lora_request,
             params=replace(plan.params, suffix=(), template=()),
             temperature=sampling.temperature,

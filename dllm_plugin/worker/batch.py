@@ -100,7 +100,8 @@ class StepBatch:
 
     layout: Layout
     windows: list[Window]  # of each request
-    max_emitted: int  # no final prefix can have grown by more
+    final_prefixes: list[int]  # of each request, as the host knew them: `final_prefix` below
+    max_emitted: int  # no final prefix can have grown by more since
     every_place: bool  # True: rows are all places, masked or not, and so the same in every step of the layout
     # on the device
     row_cell: torch.Tensor  # [rows] int64, index in the flattened store
@@ -154,9 +155,10 @@ class BatchBuilder:
         steps = [windows[request_id] for request_id in layout.request_ids]
         blocks = [block for window in steps for block in window.blocks]
         row_loc = [] if every_place else [*accumulate([block.num_masked for block in blocks], initial=0)]
+        final_prefixes = [store.requests[request_id].final_prefix for request_id in layout.request_ids]
         lists = (
             [window.step for window in steps],
-            [store.requests[request_id].final_prefix for request_id in layout.request_ids],
+            final_prefixes,
             [block.quota for block in blocks],
             row_loc,
         )
@@ -178,6 +180,7 @@ class BatchBuilder:
         return StepBatch(
             layout=layout,
             windows=steps,
+            final_prefixes=final_prefixes,
             max_emitted=len(layout.offsets) if every_place else max_growth(store, layout.request_ids, steps),
             every_place=every_place,
             row_cell=row_cell,

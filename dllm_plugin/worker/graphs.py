@@ -104,8 +104,12 @@ class StepGraphs:
         summary = self.run(own)  # compiles and loads the kernels too, which would break a recording
         if len(self.recorded) == MOST_GRAPHS:
             self.recorded.popitem(last=False)
-        self.recorded[self.shape] = Recorded(own, batch.layout, *self.capture(own))
-        logger.debug("Recorded a step of %d tokens of %d requests.", len(own.layout.token_index), len(own.step))
+        try:
+            self.recorded[self.shape] = Recorded(own, batch.layout, *self.capture(own))
+        except RuntimeError as error:  # no memory left, say; the step itself has run
+            logger.warning("No more CUDA graphs, steps are launched kernel by kernel from now on: %s", error)
+            self.enabled = False
+            self.forget()
         return summary
 
     def capture(self, batch: StepBatch) -> tuple[torch.Tensor, Callable[[], None]]:

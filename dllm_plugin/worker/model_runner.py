@@ -1,12 +1,13 @@
 """One denoising step for a batch of windows: forward, choose tokens, rank positions, unmask."""
 
+from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.forward_context import set_forward_context
+from vllm.forward_context import create_forward_context, override_forward_context
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.utils.mem_utils import DeviceMemoryProfiler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -21,11 +22,12 @@ from dllm_plugin.kernels.confidence import Confidence, confidence
 from dllm_plugin.kernels.filter import filter_top_k_top_p
 from dllm_plugin.kernels.unmask import Unmasked, unmask
 from dllm_plugin.params import REMASKING_POLICIES
-from dllm_plugin.scheduler.output import DiffusionModelRunnerOutput, DiffusionSchedulerOutput
+from dllm_plugin.scheduler.output import DiffusionSchedulerOutput
 from dllm_plugin.worker.adapters import AdapterMixin
 from dllm_plugin.worker.batch import BatchBuilder, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
 from dllm_plugin.worker.graphs import StepGraphs
+from dllm_plugin.worker.progress import Progress, Summary
 
 # Rows of logits are computed in chunks of about this size, whatever the batch asks for.
 LOGITS_CHUNK_BYTES = 256 * 2**20
@@ -48,6 +50,7 @@ class DiffusionModelRunner(AdapterMixin):
         self.model_memory_usage = 0
         self.kv_caches: list[torch.Tensor] = []
         self.num_forward_passes = 0
+        self.steps_unread = int(device.type == "cuda")
         config = self.model_config.hf_config
         self.state = CanvasStore(
             mask_token_id=config.mask_token_id,
@@ -67,14 +70,20 @@ class DiffusionModelRunner(AdapterMixin):
             return EMPTY_MODEL_RUNNER_OUTPUT
         layout = self.batches.lay_out(scheduler_output.steps[0])  # of all steps
         recorded = self.graphs.take(layout)
-        summaries = []
+        progress = Progress(layout, self.state)
+        unread: deque[Summary] = deque()
         for windows in scheduler_output.steps:
             batch = self.batches.build(windows, layout, every_place=recorded)
             if self.lora_config:
                 self.activate_adapters(batch)
-            summaries.append(self.graphs.denoise(batch) if recorded else self.denoise(batch))
-        self.num_forward_passes += len(summaries)
-        return self.read(batch, summaries)
+            unread.append(Summary(batch, self.graphs.denoise(batch) if recorded else self.denoise(batch)))
+            self.num_forward_passes += 1
+            # on a GPU the next step is prepared while this one runs, and so looks at the one before
+            if len(unread) > self.steps_unread and progress.read(unread.popleft()):
+                break
+        while unread:
+            progress.read(unread.popleft())
+        return progress.output()
 
     def denoise(self, batch: StepBatch) -> torch.Tensor:
         """One step on the device, without a word from the host: forward, choose, unmask, summarize."""
@@ -103,7 +112,7 @@ class DiffusionModelRunner(AdapterMixin):
         """Hidden states ``[tokens, hidden_size]``."""
         layout = batch.layout
         input_ids = self.batches.input_ids(layout)
-        with set_forward_context(layout.windows, self.vllm_config, num_tokens=len(input_ids)):
+        with override_forward_context(create_forward_context(layout.windows, self.vllm_config)):
             return self.model(input_ids, layout.positions)
 
     def choose(self, hidden_states: torch.Tensor, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,7 +213,7 @@ class DiffusionModelRunner(AdapterMixin):
         )
 
     def summarize(self, batch: StepBatch, unmasked: Unmasked) -> torch.Tensor:
-        """What the host needs of a step, in one int64 tensor that `read` takes apart.
+        """What the host needs of a step, in one int64 tensor that `Progress.read` takes apart.
 
         Masks left in each block, the final prefix of each request, as many tokens as it can have grown by, and with
         pipelined blocks whether EOS is taken.
@@ -216,37 +225,6 @@ class DiffusionModelRunner(AdapterMixin):
         if layout.needs.pipelined:
             parts.append(self.eos_is_taken(batch))
         return torch.cat(parts)
-
-    def read(self, batch: StepBatch, summaries: list[torch.Tensor]) -> DiffusionModelRunnerOutput:
-        """Wait for the steps, of which `batch` is the last, and take their summaries apart."""
-        state, num_requests, num_blocks = self.state, len(batch.windows), len(batch.quota)
-        steps = [summary.tolist() for summary in summaries]
-        numbers = steps[-1]
-        eos_is_taken = numbers[-num_requests:] if batch.layout.needs.pipelined else ()
-        first_block, first_token = 0, num_blocks + num_requests
-        sampled_token_ids, num_emitted, num_masked = [], {}, {}
-        for i, (request_id, window) in enumerate(zip(batch.request_ids, batch.windows, strict=True)):
-            request = state.requests[request_id]
-            num_masked[request_id] = numbers[first_block : first_block + len(window.blocks)]
-            first_block += len(window.blocks)
-            emitted = []
-            before = start = request.final_prefix
-            for step in steps:
-                prefix = max(before, min(step[num_blocks + i], request.canvas_end))
-                emitted.append(prefix - before)
-                before = prefix
-            num_emitted[request_id] = emitted
-            sampled_token_ids.append(numbers[first_token : first_token + before - start])
-            first_token += batch.max_emitted
-            request.final_prefix = before
-        return DiffusionModelRunnerOutput(
-            req_ids=batch.request_ids,
-            req_id_to_index={request_id: i for i, request_id in enumerate(batch.request_ids)},
-            sampled_token_ids=sampled_token_ids,
-            num_emitted=num_emitted,
-            num_masked=num_masked,
-            eos_is_taken={i for i, taken in zip(batch.request_ids, eos_is_taken, strict=False) if taken},
-        )
 
     def eos_is_taken(self, batch: StepBatch) -> torch.Tensor:
         """``[requests]`` int32: 1 where an active block holds the request's EOS, masks before it or not."""
@@ -309,7 +287,7 @@ class DiffusionModelRunner(AdapterMixin):
         )
         input_ids = torch.full((num_tokens,), self.state.mask_token_id, device=self.device)
         positions = torch.arange(num_tokens, device=self.device) % length
-        with set_forward_context(WindowBatch(num_tokens, full), self.vllm_config, num_tokens=num_tokens):
+        with override_forward_context(create_forward_context(WindowBatch(num_tokens, full), self.vllm_config)):
             hidden_states = self.model(input_ids, positions)
         chunk = max(1, LOGITS_CHUNK_BYTES // (self.model.num_embeddings * hidden_states.element_size()))
         logits, unconditional = (self.model.compute_logits(hidden_states[:chunk]) for _ in range(2))

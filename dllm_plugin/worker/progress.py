@@ -1,0 +1,71 @@
+"""What the host learns of denoising steps: their summaries, read in order, and the runner's output made of them."""
+
+import torch
+
+from dllm_plugin.scheduler.output import DiffusionModelRunnerOutput
+from dllm_plugin.worker.batch import Layout, StepBatch
+from dllm_plugin.worker.canvas import CanvasStore
+
+
+class Summary:
+    """The numbers of one step on their way to the host; `wait` has them, whatever was launched after the step."""
+
+    def __init__(self, batch: StepBatch, numbers: torch.Tensor) -> None:
+        self.batch = batch
+        self.numbers = numbers.to("cpu", non_blocking=True)
+        self.copied = None
+        if numbers.device.type == "cuda":
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def wait(self) -> list[int]:
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.numbers.tolist()
+
+
+class Progress:
+    """How far the requests of a layout have come in the steps that were run."""
+
+    def __init__(self, layout: Layout, store: CanvasStore) -> None:
+        self.layout = layout
+        self.requests = [store.requests[request_id] for request_id in layout.request_ids]
+        self.tokens: list[list[int]] = [[] for _ in self.requests]
+        self.num_emitted: list[list[int]] = [[] for _ in self.requests]
+        self.num_masked: list[list[int]] = []
+        self.eos_is_taken: set[str] = set()
+
+    def read(self, summary: Summary) -> bool:
+        """Take the next step's summary apart; returns whether one of its new tokens ends a request."""
+        numbers, batch, num_requests = summary.wait(), summary.batch, len(self.requests)
+        num_blocks = len(batch.quota)
+        prefixes = numbers[num_blocks : num_blocks + num_requests]
+        first_block, first_token, ended = 0, num_blocks + num_requests, False
+        self.num_masked.clear()
+        for i, (request, window, prefix) in enumerate(zip(self.requests, batch.windows, prefixes, strict=True)):
+            self.num_masked.append(numbers[first_block : first_block + len(window.blocks)])
+            first_block += len(window.blocks)
+            num_new = max(0, min(prefix, request.canvas_end) - request.final_prefix)
+            if num_new:
+                first_new = first_token + request.final_prefix - batch.final_prefixes[i]
+                new = numbers[first_new : first_new + num_new]
+                self.tokens[i] += new
+                ended = ended or not request.canvas.ends_at.isdisjoint(new)
+                request.final_prefix += num_new
+            self.num_emitted[i].append(num_new)
+            first_token += batch.max_emitted
+        if self.layout.needs.pipelined:
+            taken = zip(self.layout.request_ids, numbers[-num_requests:], strict=True)
+            self.eos_is_taken = {request_id for request_id, is_taken in taken if is_taken}
+        return ended
+
+    def output(self) -> DiffusionModelRunnerOutput:
+        request_ids = self.layout.request_ids
+        return DiffusionModelRunnerOutput(
+            req_ids=request_ids,
+            req_id_to_index={request_id: i for i, request_id in enumerate(request_ids)},
+            sampled_token_ids=self.tokens,
+            num_emitted=dict(zip(request_ids, self.num_emitted, strict=True)),
+            num_masked=dict(zip(request_ids, self.num_masked, strict=True)),
+            eos_is_taken=self.eos_is_taken,
+        )
