@@ -19,8 +19,10 @@ def last_line(script: str, *args: str) -> dict:
 
 def test_overhead():
     result = last_line("overhead.py", "--steps", "30")
-    assert result["overhead_ms"] > 0 and result["overhead_16_ms"] > 0
-    assert [row["requests"] for row in result["rows"]] == [1, 16]
+    assert result["overhead_ms"] > 0 and result["overhead_16_ms"] > 0 and result["streamed_overhead_16_ms"] > 0
+    assert [(row["outputs"], row["requests"]) for row in result["rows"]] == [
+        ("at the end", 1), ("at the end", 16), ("streamed", 1), ("streamed", 16),
+    ]  # fmt: skip
 
 
 def test_strategies(tmp_path: Path):

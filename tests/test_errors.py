@@ -21,13 +21,14 @@ from helpers import (
     folder,
     new_engine,
     num_forwards,
+    random_prompt,
     scheduler,
     write_checkpoint,
 )
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from vllm import SamplingParams
-from vllm.sampling_params import StructuredOutputsParams
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.request import Request, RequestStatus
 
 from dllm_plugin import admission, engine_config
@@ -228,6 +229,25 @@ def test_whatever_a_tokenizer_raises_ends_its_request_alone(monkeypatch):
     case = Case("llada", "low_confidence", 6, prompt=5)
     outputs, _ = drive(llm, [(PROMPT, params), case.request])
     assert outputs[0].outputs[0].finish_reason == "error"
+    assert not difference(case, outputs[1])
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 12])
+@pytest.mark.parametrize(
+    "kind", [RequestOutputKind.FINAL_ONLY, RequestOutputKind.CUMULATIVE], ids=lambda kind: kind.name
+)
+def test_a_request_without_room_is_never_answered(kind, tokens):
+    """However soon a canvas of the same length would be full."""
+    llm = engine("llada")
+    params = SamplingParams(
+        temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, output_kind=kind,
+        extra_args={"diffusion_suffix": [5] * 100},
+    )  # fmt: skip
+    case = Case("llada", "low_confidence", 6, prompt=5)
+    drive(llm, [case.request])
+    length = llm.model_config.max_model_len - 50
+    outputs, _ = drive(llm, [(random_prompt(length, "long"), params), case.request])
+    assert outputs[0].outputs[0].finish_reason == "error" and not outputs[0].outputs[0].token_ids
     assert not difference(case, outputs[1])
 
 
@@ -432,6 +452,18 @@ def test_prefix_caching_and_chunked_prefill_are_off():
     case = Case("llada", "low_confidence", 6, prompt=300)
     for _ in range(2):
         assert not difference(case, drive(llm, [case.request])[0][0])
+
+
+@pytest.mark.parametrize(
+    "settings, wanted",
+    [({}, True), ({"enforce_eager": True}, False), ({"compilation_config": {"cudagraph_mode": "NONE"}}, False)],
+    ids=str,
+)
+def test_who_switches_graphs_off_has_none(settings, wanted):
+    """vLLM's own are off for everyone, so that its flag would not say any more who asked."""
+    model_config = engine_with("llada", **settings).llm_engine.vllm_config.model_config
+    assert model_config.enforce_eager
+    assert model_config.hf_config.cuda_graphs is wanted
 
 
 def test_our_worker_with_another_model():

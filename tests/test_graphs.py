@@ -13,6 +13,7 @@ import torch
 from helpers import EOS, difference, drive, engine, model_runner, random_prompt
 from test_parity import FAMILIES
 from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
 
 from dllm_plugin.worker import graphs
 from dllm_plugin.worker.batch import StepBatch
@@ -25,7 +26,7 @@ class Rerun(StepGraphs):
     num_replays = 0
 
     def __init__(self, of: StepGraphs, runner) -> None:
-        super().__init__(of.run, of.store, runner.vllm_config, of.page_size)
+        super().__init__(of.run, of.store, runner.vllm_config)
         self.enabled = True
 
     def capture(self, batch: StepBatch) -> tuple[torch.Tensor, Callable[[], None]]:
@@ -63,7 +64,7 @@ def test_every_strategy(recording, checkpoint):
     outputs = test_strategies.run(llm, cases) + test_strategies.run(llm, cases[::3], alone=True)
     wrong = [test_strategies.difference(*pair) for pair in zip(cases + cases[::3], outputs, strict=True)]
     assert not any(wrong), "\n".join(filter(None, wrong))
-    assert rerun.num_replays > 100 and len(rerun.recorded) > 5
+    assert rerun.num_replays > 50 and len(rerun.recorded) > 5
 
 
 @pytest.mark.parametrize("checkpoint", [*FAMILIES, *test_parity.LOUD])
@@ -75,7 +76,7 @@ def test_every_policy(recording, checkpoint):
     alone = [drive(llm, [case.request])[0][0] for case in cases[::3]]
     wrong = [difference(*pair) for pair in zip(cases + cases[::3], together + alone, strict=True)]
     assert not any(wrong), "\n".join(filter(None, wrong))
-    assert rerun.num_replays > 100
+    assert rerun.num_replays > 50
 
 
 def test_samples_are_those_of_steps_that_are_run(recording):
@@ -128,13 +129,18 @@ def test_canvases_that_move_take_their_graphs_with_them(recording):
 
 
 def test_a_graph_that_cannot_be_recorded_costs_no_request(recording, monkeypatch):
+    """It is tried once, and no other afterwards, in the same engine step neither."""
     llm, rerun = recording("llada")
+    tried = []
 
     def out_of_memory(batch):
+        tried.append(batch)
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(rerun, "capture", out_of_memory)
-    case = test_parity.SHAPE_CASES[1]
-    (output,), _ = drive(llm, [case.request])
-    assert not difference(case, output)
-    assert not rerun.enabled and not rerun.recorded
+    prompt, params = test_parity.SHAPE_CASES[1].request
+    params.output_kind = RequestOutputKind.FINAL_ONLY
+    for _ in range(2):
+        (output,), _ = drive(llm, [(prompt, params)])
+        assert not difference(test_parity.SHAPE_CASES[1], output)
+    assert len(tried) == 1 and not rerun.enabled and not rerun.recorded

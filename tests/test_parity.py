@@ -31,6 +31,7 @@ from helpers import (
 from vllm.outputs import RequestOutput
 
 from dllm_plugin.checkpoints import tasks
+from dllm_plugin.worker import model_runner
 
 FAMILIES = ("llada", "dream")
 
@@ -209,6 +210,14 @@ def test_the_order_of_requests_does_not_matter():
     cases = [case for case in SHAPE_CASES if case.checkpoint == "dream"][::4]
     backwards, _ = drive(engine("dream"), [case.request for case in reversed(cases)])
     assert not any(difference(case, output) for case, output in zip(reversed(cases), backwards, strict=True))
+
+
+def test_logits_in_chunks(monkeypatch):
+    """Five rows at a time, guided ones among them."""
+    cases = [case for case in (*SHAPE_CASES, *GUIDED_CASES) if case.checkpoint == "llada"][::5]
+    monkeypatch.setattr(model_runner, "LOGITS_CHUNK_BYTES", 5 * 4 * 331)
+    outputs, _ = drive(engine("llada"), [case.request for case in cases])
+    assert not any(difference(*pair) for pair in zip(cases, outputs, strict=True))
 
 
 # ---- the cases reach what they name

@@ -538,7 +538,8 @@ def unwatched(one: Case) -> tuple[list[int], SamplingParams]:
 
 @pytest.fixture
 def wide(monkeypatch):
-    """An engine whose steps are never too slow to look ahead."""
+    """An engine that has run before, and whose steps are never too slow to look ahead."""
+    drive(engine("llada"), [case(2, 8).request])
     monkeypatch.setattr(scheduling, "MOST_SECONDS", math.inf)
     return engine("llada")
 
@@ -555,13 +556,30 @@ def test_steps_that_nobody_watches_share_an_engine_step(wide):
     nothing_is_left(wide)
 
 
-def test_slow_steps_are_scheduled_one_by_one(wide, monkeypatch):
-    """A request that arrives is not to wait for eight of them."""
-    monkeypatch.setattr(scheduling, "MOST_SECONDS", 1e-9)
+@pytest.mark.parametrize("seconds, table", [(1e-9, [("A", 10)]), (math.inf, [("A", 2)])], ids=["slow", "fast"])
+def test_how_long_a_step_takes_is_known_from_the_last_one(seconds, table, monkeypatch):
+    """A request that arrives is not to wait for eight slow ones."""
     one = case(10, 8, "a")
-    steps = Steps(wide)
+    llm = engine("llada")
+    drive(llm, [one.request])
+    monkeypatch.setattr(scheduling, "MOST_SECONDS", seconds)
+    steps = Steps(llm)
     steps.add(*unwatched(one))
-    assert steps.drain().table == [("A", 10)]
+    assert steps.drain().table == table
+
+
+def test_a_larger_step_is_expected_to_take_longer(wide, monkeypatch):
+    """After a step of ten tokens, one of two hundred is not run eight times before its time is known."""
+    steps = Steps(wide)
+    steps.add(*unwatched(case(2, 8, "a")))
+    steps.drain()
+    monkeypatch.setattr(scheduler(wide), "_step_seconds", 0.1)
+    monkeypatch.setattr(scheduling, "MOST_SECONDS", 1.0)
+    steps.add(*unwatched(case(10, 190, "b")))
+    steps.step()
+    assert len(steps.emitted) == 2 and scheduler(wide).denoising and steps.table[-1] == ("B", 1)
+    (denoising,) = scheduler(wide).denoising.values()
+    assert denoising.plan.step == 1
 
 
 @pytest.mark.parametrize(
@@ -593,14 +611,29 @@ def test_who_arrives_joins_after_eight_steps_at_most(wide):
     check(steps, *cases)
 
 
-def test_nobody_looks_ahead_while_a_request_waits(narrow):
-    """A and B take the budget; C is admitted in the very step in which there is room."""
+def test_who_waits_joins_when_one_has_ended(narrow, monkeypatch):
+    """A and B take the budget. Steps are looked ahead, since C is not admitted before A ends; and then it is at once."""
+    monkeypatch.setattr(scheduling, "MOST_SECONDS", math.inf)
     cases = [case(20, 10, "a"), case(22, 8, "b"), case(20, 10, "c")]
+    drive(narrow, [cases[0].request])
     steps = Steps(narrow)
     for one in cases:
         steps.add(*unwatched(one))
     steps.drain()
-    assert steps.table[0] == ("AB", 20)
+    assert steps.table == [("AB", 3), ("BC", 1), ("C", 3)]  # 8 + 8 + 4, 2, 8 + 8 + 2
+    check(steps, *cases)
+
+
+def test_a_running_request_that_was_passed_over_has_the_next_step(narrow, monkeypatch):
+    """Three canvases fit the budget together and their continuations do not: nobody looks ahead past who waits."""
+    monkeypatch.setattr(scheduling, "MOST_SECONDS", math.inf)
+    cases = [case(24, 4, name, canvas=12, steps=12) for name in "abc"]
+    steps = Steps(narrow)
+    for one in cases:
+        steps.add(*unwatched(one))
+    steps.drain()
+    assert [ran for ran, _ in steps.table] == ["ABC", "AB", "C"]
+    assert steps.table[1] == ("AB", 12)
     check(steps, *cases)
 
 

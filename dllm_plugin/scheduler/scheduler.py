@@ -1,8 +1,10 @@
 """The vLLM scheduler, with denoising windows instead of tokens to compute."""
 
+import copy
+import math
 import random
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm.logger import init_logger
@@ -36,7 +38,6 @@ class Denoising:
     suffix_ids: list[int]
     seed: int
     unwatched: bool  # nobody sees its tokens, nor can end it, before a token does
-    steps_run: list[tuple[int, int]] = field(default_factory=list)  # since vLLM's update: masks before, tokens emitted
 
 
 class DiffusionScheduler(Scheduler):
@@ -56,7 +57,10 @@ class DiffusionScheduler(Scheduler):
         self.denoising: dict[str, Denoising] = {}
         self._draw_seed = random.Random(self.vllm_config.model_config.seed).getrandbits
         self._num_sharing = self._tokens_left = 0  # of the step being scheduled
-        self._scheduled_at = self._step_seconds = 0.0  # of the last steps
+        self._scheduled_at, self._step_seconds, self._step_tokens = 0.0, math.inf, 1  # of the last steps
+        self._steps_run: dict[
+            str, list[tuple[int, int]]
+        ] = {}  # to be recorded: masks before and tokens emitted, by step
         self._allocate_slots = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_canvas
 
@@ -93,8 +97,10 @@ class DiffusionScheduler(Scheduler):
                 plan.restart_canvas()
                 canvases[req_id] = self._canvas(self.requests[req_id])
             windows[req_id] = plan.window
+        # whom vLLM holds back for other data-parallel ranks is let in by one of its next calls
+        steps = [windows] if throttle_prefills and windows else self._look_ahead(windows)
         self._scheduled_at = time.monotonic()
-        return DiffusionSchedulerOutput(**vars(output), canvases=canvases, steps=self._look_ahead(windows))
+        return DiffusionSchedulerOutput(**vars(output), canvases=canvases, steps=steps)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -103,17 +109,21 @@ class DiffusionScheduler(Scheduler):
         if scheduler_output.steps:
             assert isinstance(model_runner_output, DiffusionModelRunnerOutput)
             num_run = len(next(iter(model_runner_output.num_emitted.values())))
-            self._step_seconds = (time.monotonic() - self._scheduled_at) / num_run
             steps = scheduler_output.steps[:num_run]
-            for req_id, window in steps[-1].items():
+            self._step_seconds = (time.monotonic() - self._scheduled_at) / num_run
+            self._step_tokens = num_tokens(steps[0])
+            for i, req_id in enumerate(model_runner_output.req_ids):
                 if (denoising := self.denoising.get(req_id)) is None:
                     continue  # aborted while the steps ran
-                if denoising.plan.window is not window:
-                    denoising.plan.rewind(window)
+                for _ in steps[1:]:
+                    denoising.plan.presume()
                 eos_is_taken = req_id in model_runner_output.eos_is_taken
                 denoising.plan.advance(model_runner_output.num_masked[req_id], eos_is_taken)
+                if req_id in self.grammar_compile_error_reqs:  # vLLM ends it with an error; nothing else may
+                    model_runner_output.sampled_token_ids[i] = []
+                    continue
                 num_emitted = model_runner_output.num_emitted[req_id]
-                denoising.steps_run = [
+                self._steps_run[req_id] = [
                     (sum(block.num_masked for block in step[req_id].blocks), emitted)
                     for step, emitted in zip(steps, num_emitted, strict=True)
                 ]
@@ -139,17 +149,22 @@ class DiffusionScheduler(Scheduler):
     def _look_ahead(self, windows: dict[str, Window]) -> list[dict[str, Window]]:
         """The steps to run before the scheduler is asked again: one, or up to eight that are sure and seen by nobody.
 
-        So a step costs an eighth of what the host does around it. Nothing may wait for its turn meanwhile, no output may
-        be asked for before the end, and nothing may end a request but a token, which the worker sees.
+        So a step costs an eighth of what the host does around it. No output may be asked for before the end, nothing may
+        end a request but a token, which the worker sees, and no running request may have been passed over. Who waits was
+        just refused, and would be as long as the same requests go on.
         """
         if not windows:
             return []
         steps, running = [windows], [self.denoising[req_id] for req_id in windows]
-        if len(running) < self.get_num_unfinished_requests() or not all(one.unwatched for one in running):
+        if len(running) < len(self.running) or not all(one.unwatched for one in running):
             return steps
-        plans = [denoising.plan for denoising in running]
-        most = min(MOST_STEPS, MOST_SECONDS / self._step_seconds) if self._step_seconds else 1
-        while len(steps) + 1 <= most and all(plan.next_is_sure for plan in plans):
+        seconds = self._step_seconds * max(1.0, num_tokens(windows) / self._step_tokens)
+        plans = [copy.copy(one.plan) for one in running]  # the plans themselves are never ahead of what has run
+        while (
+            len(steps) < MOST_STEPS
+            and (len(steps) + 1) * seconds <= MOST_SECONDS
+            and all(plan.next_is_sure for plan in plans)
+        ):
             for plan in plans:
                 plan.presume()
             steps.append({req_id: plan.window for req_id, plan in zip(windows, plans, strict=True)})
@@ -158,7 +173,7 @@ class DiffusionScheduler(Scheduler):
     def _record_steps(self, request: Request, num_tokens: int | None = None) -> None:
         """Count the steps that ran; of a request that ended, only up to the one that brought its last token."""
         left = num_tokens
-        for num_masked, num_emitted in self.denoising[request.request_id].steps_run:
+        for num_masked, num_emitted in self._steps_run.pop(request.request_id):
             request.spec_decode_metrics.observe(num_masked, num_emitted)
             if left is not None and (left := left - num_emitted) <= 0:
                 break
@@ -264,3 +279,8 @@ class DiffusionScheduler(Scheduler):
             top_k=min(sampling.top_k, self.vllm_config.model_config.get_vocab_size()),
             seed=denoising.seed,
         )
+
+
+def num_tokens(windows: dict[str, Window]) -> int:
+    """That a step of these windows forwards, guidance left out."""
+    return sum(window.end - window.start for window in windows.values())

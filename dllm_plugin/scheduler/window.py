@@ -170,12 +170,8 @@ class Plan(ABC):
         return False
 
     def presume(self) -> None:
-        """Advance to the next window, which is sure, before the present one has run."""
+        """Advance to the next window, which is sure, whether the present one has run or not."""
         self.advance([block.num_masked - block.quota for block in self.window.blocks])
-
-    def rewind(self, window: Window) -> None:
-        """Go back to one of the windows that were presumed."""
-        raise NotImplementedError("nothing is sure of this strategy, so that nothing is presumed")
 
     @property
     def steps_are_spent(self) -> bool:
@@ -266,12 +262,6 @@ class BlockwisePlan(Plan):
         (block,) = self.window.blocks
         by_quota = block.threshold == math.inf and block.factor == 0 and self.params.max_steps is None
         return by_quota and block.quota < block.num_masked and self._covers_all(1) == self._covers_all(0)
-
-    def rewind(self, window: Window) -> None:
-        self._block_step -= self.step - window.step
-        self.step = window.step
-        self._num_masked = window.blocks[0].num_masked
-        self.window = window
 
     def _covers_all(self, steps_ahead: int) -> bool:
         """Whether the window forwards everything, so many steps from now in the same block."""

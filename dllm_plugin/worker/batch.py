@@ -1,6 +1,7 @@
 """One step's ragged batch: which tokens are forwarded, and which rows of logits are asked for."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -115,6 +116,15 @@ class StepBatch:
     quota: torch.Tensor  # [blocks]
     threshold: torch.Tensor | None  # [blocks] float32; None where no block has one
     factor: torch.Tensor | None  # [blocks] float32; likewise
+
+    def split(self, most: int) -> Iterator["StepBatch"]:
+        """Batches of at most so many of the rows each; this one where it has no more."""
+        if len(self.row_token) <= most:
+            yield self
+            return
+        names = ("row_cell", "row_token", "row_position", "row_request")
+        for rows in zip(*(getattr(self, name).split(most) for name in names), strict=True):
+            yield replace(self, **dict(zip(names, rows, strict=True)))
 
     @property
     def request_ids(self) -> list[str]:
@@ -324,7 +334,7 @@ class BatchBuilder:
             **{f"{name}_cpu": values for name, values in host.items()},
             block_table=table.view(block_table.shape),
             max_query_len=max(length),
-            max_visible=max(host["visible"]),
+            max_visible=block_table.shape[1] * self.page_size,  # the same for a step that is recorded
         )
 
 

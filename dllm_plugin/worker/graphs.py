@@ -19,6 +19,7 @@ MOST_SEEN = 4096
 logger = logging.getLogger("vllm." + __name__)
 
 Step = Callable[[StepBatch], torch.Tensor]
+Shape = tuple
 
 
 @dataclass(slots=True)
@@ -51,20 +52,21 @@ class StepGraphs:
     of at most 1,024 tokens; sorting for top-k and top-p waits for the host and is left to the ordinary path.
     """
 
-    def __init__(self, denoise: Step, store: CanvasStore, vllm_config: VllmConfig, page_size: int) -> None:
+    def __init__(self, denoise: Step, store: CanvasStore, vllm_config: VllmConfig) -> None:
         self.run = denoise
         self.store = store
-        self.page_size = page_size
+        on_gpu = store.device.type == "cuda"
         self.enabled = (
-            store.device.type == "cuda"
+            on_gpu
             and vllm_config.model_config.hf_config.cuda_graphs
             and vllm_config.parallel_config.world_size == 1
             and vllm_config.lora_config is None
         )
-        self.layout: Layout | None = None  # taken last, and its shape
-        self.shape: tuple = ()
-        self.seen: OrderedDict[tuple, None] = OrderedDict()
-        self.recorded: OrderedDict[tuple, Recorded] = OrderedDict()
+        self.stream = torch.cuda.Stream() if on_gpu else None  # one, or graphs would not share memory
+        self.layout: Layout | None = None  # asked for last, and its shape
+        self.shape: Shape = ()
+        self.seen: OrderedDict[Shape, None] = OrderedDict()
+        self.recorded: OrderedDict[Shape, Recorded] = OrderedDict()
         self.forget()
 
     def forget(self) -> None:
@@ -73,39 +75,39 @@ class StepGraphs:
         self.generation = self.store.generation
         self.pool = torch.cuda.graph_pool_handle() if self.store.device.type == "cuda" else None
 
-    def take(self, layout: Layout) -> bool:
-        """Whether `denoise` is to run the steps of this layout."""
+    def take(self, layout: Layout) -> Shape | None:
+        """The shape with which `denoise` is to be called for the steps of this layout; None: run them."""
         if not self.enabled or len(layout.token_index) > MOST_TOKENS or layout.needs.filters:
-            return False
+            return None
         if self.generation != self.store.generation:
             self.forget()
         if layout is not self.layout:
             self.layout, self.shape = layout, shape_of(layout)
         if self.shape in self.seen or self.shape in self.recorded:
-            return True
+            return self.shape
         self.seen[self.shape] = None
         if len(self.seen) > MOST_SEEN:
             self.seen.popitem(last=False)
-        return False
+        return None
 
-    def denoise(self, batch: StepBatch) -> torch.Tensor:
-        """The summary of a step whose layout was taken last."""
-        if self.shape not in self.recorded:
-            return self.record(batch)
-        recorded = self.recorded[self.shape]
-        self.recorded.move_to_end(self.shape)
+    def denoise(self, batch: StepBatch, shape: Shape) -> torch.Tensor:
+        """The step's summary."""
+        if shape not in self.recorded:
+            return self.record(batch, shape) if self.enabled else self.run(batch)
+        recorded = self.recorded[shape]
+        self.recorded.move_to_end(shape)
         recorded.load(batch)
         recorded.replay()
         return recorded.summary.clone()
 
-    def record(self, batch: StepBatch) -> torch.Tensor:
+    def record(self, batch: StepBatch, shape: Shape) -> torch.Tensor:
         """Run the step on tensors of its own, and then record the same for the steps to come."""
-        own = copy.deepcopy(replace(batch, layout=self.without_host_numbers(batch.layout), windows=[]))
+        own = copy.deepcopy(replace(batch, layout=without_host_numbers(batch.layout), windows=[]))
         summary = self.run(own)  # compiles and loads the kernels too, which would break a recording
         if len(self.recorded) == MOST_GRAPHS:
             self.recorded.popitem(last=False)
         try:
-            self.recorded[self.shape] = Recorded(own, batch.layout, *self.capture(own))
+            self.recorded[shape] = Recorded(own, batch.layout, *self.capture(own))
         except RuntimeError as error:  # no memory left, say; the step itself has run
             logger.warning("No more CUDA graphs, steps are launched kernel by kernel from now on: %s", error)
             self.enabled = False
@@ -114,33 +116,35 @@ class StepGraphs:
 
     def capture(self, batch: StepBatch) -> tuple[torch.Tensor, Callable[[], None]]:
         """The summary's buffer, and a call that runs the step again."""
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # torch.cuda.graph() would also collect garbage, which takes longer than this
+        graph = torch.cuda.CUDAGraph()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(
+            self.stream
+        ):  # torch.cuda.graph() would also collect garbage, which takes longer than this
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 summary = self.run(batch)
             finally:
                 graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         return summary, graph.replay
 
-    def without_host_numbers(self, layout: Layout) -> Layout:
-        """The layout as a graph sees it: what the host knows of one batch would be wrong for the next."""
-        windows = layout.windows
-        if (full := windows.full) is not None:
-            windows = replace(windows, full=replace(full, query_start_loc_cpu=None))
-        if (paged := windows.paged) is not None:
-            names = [field.name for field in fields(paged) if field.name.endswith("_cpu")]
-            most = paged.block_table.shape[1] * self.page_size
-            windows = replace(windows, paged=replace(paged, max_visible=most, **dict.fromkeys(names)))
-        return replace(layout, windows=windows)
+
+def without_host_numbers(layout: Layout) -> Layout:
+    """The layout as a graph sees it: what the host knows of one batch would be wrong for the next."""
+    windows = layout.windows
+    if (full := windows.full) is not None:
+        windows = replace(windows, full=replace(full, query_start_loc_cpu=None))
+    if (paged := windows.paged) is not None:
+        names = [field.name for field in fields(paged) if field.name.endswith("_cpu")]
+        windows = replace(windows, paged=replace(paged, **dict.fromkeys(names)))
+    return replace(layout, windows=windows)
 
 
-def shape_of(layout: Layout) -> tuple:
+def shape_of(layout: Layout) -> Shape:
     """What two batches must share to be served by one graph."""
     windows = layout.windows
-    lengths = [part.max_query_len for part in (windows.full, windows.paged) if part is not None]
+    lengths = [part.max_query_len for part in (windows.full, windows.paged) if part is not None]  # they choose tilings
     shapes = [(name, tensor.shape) for name, tensor in tensors_of(layout)]
     return layout.needs, windows.num_full_tokens, windows.first_stored, *lengths, *shapes
 

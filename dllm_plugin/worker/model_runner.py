@@ -69,14 +69,14 @@ class DiffusionModelRunner(AdapterMixin):
         if not scheduler_output.steps:
             return EMPTY_MODEL_RUNNER_OUTPUT
         layout = self.batches.lay_out(scheduler_output.steps[0])  # of all steps
-        recorded = self.graphs.take(layout)
+        shape = self.graphs.take(layout)
         progress = Progress(layout, self.state)
         unread: deque[Summary] = deque()
         for windows in scheduler_output.steps:
-            batch = self.batches.build(windows, layout, every_place=recorded)
+            batch = self.batches.build(windows, layout, every_place=shape is not None)
             if self.lora_config:
                 self.activate_adapters(batch)
-            unread.append(Summary(batch, self.graphs.denoise(batch) if recorded else self.denoise(batch)))
+            unread.append(Summary(batch, self.graphs.denoise(batch, shape) if shape else self.denoise(batch)))
             self.num_forward_passes += 1
             # on a GPU the next step is prepared while this one runs, and so looks at the one before
             if len(unread) > self.steps_unread and progress.read(unread.popleft()):
@@ -117,39 +117,34 @@ class DiffusionModelRunner(AdapterMixin):
 
     def choose(self, hidden_states: torch.Tensor, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Token of every row, and the confidence its position is ranked by: ``[rows]`` each."""
-        num_rows = len(batch.row_token)
-        chunk = max(1, LOGITS_CHUNK_BYTES // (self.model.num_embeddings * hidden_states.element_size()))
-        parts = []
-        for first in range(0, num_rows, chunk):
-            rows = slice(first, min(first + chunk, num_rows))
-            logits = self.logits_of(hidden_states, batch, rows)
-            parts.append(self.rank(logits, batch, rows))
+        most = max(1, LOGITS_CHUNK_BYTES // (self.model.num_embeddings * hidden_states.element_size()))
+        parts = [self.rank(self.logits_of(hidden_states, rows), rows) for rows in batch.split(most)]
         if len(parts) == 1:
             return parts[0]
         return torch.cat([token for token, _ in parts]), torch.cat([ranking for _, ranking in parts])
 
-    def logits_of(self, hidden_states: torch.Tensor, batch: StepBatch, rows: slice) -> torch.Tensor:
-        """Logits of some rows; guided ones are moved away from the logits that do not see the prompt.
+    def logits_of(self, hidden_states: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+        """Logits of every row; guided ones are moved away from the logits that do not see the prompt.
 
         ``u + (scale + 1)(c - u)``, in the model's dtype (ML-GSAI/LLaDA:generate.py).
         """
-        source = batch.row_token[rows]
+        source = batch.row_token
         logits = self.model.compute_logits(hidden_states.index_select(0, source))
         if (guidance := batch.layout.guidance) is not None:
-            request = batch.row_request[rows]
+            request = batch.row_request
             unconditional = self.model.compute_logits(hidden_states[source - guidance.distance[request]])
             scale = self.state.guidance[batch.slots[request]][:, None].to(logits.dtype)
             guided = unconditional + (scale + 1) * (logits - unconditional)
             logits = torch.where(guidance.guided[request][:, None], guided, logits)
         return logits
 
-    def rank(self, logits: torch.Tensor, batch: StepBatch, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token and ranking confidence of some rows, each by its own request's parameters."""
-        state, needs, position = self.state, batch.layout.needs, batch.row_position[rows]
-        slot = batch.slots[batch.row_request[rows]] if needs.per_row else None
+    def rank(self, logits: torch.Tensor, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token and ranking confidence of every row, each by its own request's parameters."""
+        state, needs, position = self.state, batch.layout.needs, batch.row_position
+        slot = batch.slots[batch.row_request] if needs.per_row else None
         no_choice = state.no_choice[slot] if needs.suppression else state.forbidden_mask.expand(len(position), 1)
         temperature = state.temperature[slot] if needs.sampling else None
-        seed, step = (state.seed[slot], batch.step[batch.row_request[rows]].long()) if needs.noise else (None, None)
+        seed, step = (state.seed[slot], batch.step[batch.row_request].long()) if needs.noise else (None, None)
         if needs.filters:
             self.filter(logits, slot, no_choice)
         statistics = confidence(
@@ -272,7 +267,7 @@ class DiffusionModelRunner(AdapterMixin):
             layer.bind_kv_cache(caches[name])
         self.batches.page_size = next(iter(self.attention_layers.values())).key_cache.shape[1]
         self.kv_caches = list(caches.values())
-        self.graphs = StepGraphs(self.denoise, self.state, self.vllm_config, self.batches.page_size)
+        self.graphs = StepGraphs(self.denoise, self.state, self.vllm_config)
 
     @torch.inference_mode()
     def profile_run(self, randomize_inputs: bool = False) -> None:
