@@ -1,4 +1,4 @@
-"""Compiles every kernel configuration for a GPU that need not be there: python tests/kernels/compile_kernels.py 90
+"""Compiles all kernels for a GPU that need not be there: python tests/kernels/compile_kernels.py 90
 
 Runs the Triton wrappers on CPU tensors with a stand-in driver that compiles each launch and skips it, so what is compiled
 is what the wrappers ask for. Prints one JSON line a configuration: registers, bytes of stack (spills) and of shared memory.
@@ -24,7 +24,7 @@ from dllm_plugin.kernels.rms_norm import rms_norm_triton
 from dllm_plugin.kernels.rotary import rotate_triton
 from dllm_plugin.kernels.store_kv import split_kv_cache, store_kv_triton
 from dllm_plugin.kernels.unmask import Unmasked, unmask_triton
-from dllm_plugin.kernels.window_attention import HEAD_SIZES, full_attention_triton, window_attention_triton
+from dllm_plugin.kernels.window_attention import full_attention_triton, window_attention_triton
 
 
 class OfflineDriver:
@@ -111,39 +111,52 @@ def gated(dtype: torch.dtype, size: int) -> None:
 
 
 def configurations() -> Iterator[tuple[str, Callable, tuple]]:
-    for head_size in HEAD_SIZES:
-        # 32 needs less than 64, and 96 what 80 needs: their widest tiles stand for the others
-        for rows in (128,) if head_size in (32, 96) else (16, 32, 64, 128):
-            for paged in (True, False):
-                yield "attention", attention, (head_size, torch.bfloat16, rows, paged, 1)
-        for paged in (True, False):
-            yield "attention, fp32", attention, (head_size, torch.float32, 64, paged, 1)
-    for head_size in (80, 128):
-        for group in (4, 7):
-            yield "attention, grouped heads", attention, (head_size, torch.bfloat16, group * 32, True, 1, group)
-        yield "attention, split", attention, (head_size, torch.bfloat16, 32, True, 4)
+    """Every value of every parameter, and together those that share registers or shared memory.
+
+    Left out is what another configuration compiles with more: fewer rows a tile but the same keys, warps and stages; heads of
+    32, 64 and 96 where 80, which is padded to 128, has the same tile; and float16, which fills registers as bfloat16 does.
+    """
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for rows, paged in ((32, True), (64, True), (64, False), (128, True), (128, False)):
+        yield "attention", attention, (128, bf16, rows, paged, 1)
+    # The group and the splits are outside the loop over keys: they only add to what a launch without them needs.
+    yield "attention, split", attention, (80, bf16, 32, True, 4)
+    yield "attention, grouped heads", attention, (80, bf16, 64, True, 1, 4)
+    yield "attention, grouped heads", attention, (80, bf16, 7 * 32, True, 1, 7)
+    yield "attention, grouped heads, split", attention, (128, bf16, 7 * 32, True, 32, 7)
+    for rows in (32, 64):
+        yield "attention", attention, (80, bf16, rows, False, 1)
     for paged in (True, False):
-        yield "attention, fp16", attention, (128, torch.float16, 128, paged, 1)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for vocab in (126_464, 128):
-            for sampled in (False, True):
-                yield "confidence", confidence, (dtype, vocab, sampled, vocab == 126_464, vocab == 126_464)
-        yield "confidence", confidence, (dtype, 126_464, False, True)
+        yield "attention", attention, (256, bf16, 64, paged, 1)
+    yield "attention", attention, (96, bf16, 16, True, 1)
+    yield "attention", attention, (32, bf16, 16, False, 1)
+    yield "attention, fp16", attention, (64, fp16, 64, False, 1)
+    yield "attention, fp16", attention, (64, fp16, 128, True, 1, 4)
+    for head_size, paged in ((128, True), (80, False), (256, False)):
+        yield "attention, fp32", attention, (head_size, fp32, 64, paged, 1)
+    # The other operations compute in float32 whatever they read: dtypes need not meet all else.
+    for sampled in (False, True):
+        yield "confidence", confidence, (bf16, 126_464, sampled, True, True)
+    yield "confidence", confidence, (bf16, 126_464, False, True)
+    yield "confidence", confidence, (bf16, 128, True, False)
+    for dtype in (fp16, fp32):
+        yield "confidence", confidence, (dtype, 126_464, True, True, True)
     yield "shard_statistics", shard, ()
     for policies in (False, True):
-        for integer in (torch.int32, torch.int64):
-            for skip_unmasked in (False, True):
-                yield "unmask", unmask, (policies, integer, skip_unmasked)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for skip_unmasked in (False, True):
+            yield "unmask", unmask, (policies, torch.int32 if policies == skip_unmasked else torch.int64, skip_unmasked)
+    for dtype in (bf16, fp16, fp32):
         yield "store_kv", store, (dtype, 128)
-        for size in (3584, 16_384):
-            for residual in (False, True):
-                yield "rms_norm", norm, (dtype, size, residual)
-        for angles in (dtype, torch.float32):
-            for shape in ((28, 4, 128), (3, 2, 64), (20, 20, 80)):
-                yield "rotate", rotary, (dtype, angles, *shape)
-        for size in (12_288, 18_944):
-            yield "gated_silu", gated, (dtype, size)
+        yield "rms_norm", norm, (dtype, 16_384, True)
+        yield "rotate", rotary, (dtype, dtype, 20, 20, 80)
+        yield "gated_silu", gated, (dtype, 18_944)
+    for residual in (False, True):
+        yield "rms_norm", norm, (bf16, 3584, residual)
+    for dtype in (bf16, fp16):
+        yield "rotate", rotary, (dtype, fp32, 20, 20, 80)
+    for shape in ((28, 4, 128), (3, 2, 64)):
+        yield "rotate", rotary, (bf16, fp32, *shape)
+    yield "gated_silu", gated, (bf16, 12_288)
 
 
 def resources(cubin: bytes) -> dict[str, int]:
