@@ -410,7 +410,7 @@ def _launch(
         _combine_kernel[(tokens, num_heads)](
             partial, lse, out, tokens, num_heads, *out.stride()[:2],
             HEAD_SIZE=head_size, BLOCK_D=triton.next_power_of_2(head_size), SPLITS=num_splits,
-            BLOCK_S=triton.next_power_of_2(num_splits), num_warps=1,
+            BLOCK_S=triton.next_power_of_2(num_splits), num_warps=1 if head_size <= 128 else 2,
         )  # fmt: skip
     return out
 
