@@ -58,9 +58,8 @@ class DiffusionScheduler(Scheduler):
         self._draw_seed = random.Random(self.vllm_config.model_config.seed).getrandbits
         self._num_sharing = self._tokens_left = 0  # of the step being scheduled
         self._scheduled_at, self._step_seconds, self._step_tokens = 0.0, math.inf, 1  # of the last steps
-        self._steps_run: dict[
-            str, list[tuple[int, int]]
-        ] = {}  # to be recorded: masks before and tokens emitted, by step
+        # of each request, steps to be recorded: masks before, tokens emitted
+        self._steps_run: dict[str, list[tuple[int, int]]] = {}
         self._allocate_slots = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_canvas
 

@@ -110,7 +110,7 @@ class StepBatch:
     row_position: torch.Tensor  # [rows] int64
     row_request: torch.Tensor  # [rows] int64
     row_start_loc: torch.Tensor  # [blocks + 1] int32, rows of a block
-    numbers: torch.Tensor  # int32, the next three end to end
+    numbers: torch.Tensor  # int32, the next three end to end, and the row starts where they change
     step: torch.Tensor  # [requests]
     final_prefix: torch.Tensor  # [requests]
     quota: torch.Tensor  # [blocks]

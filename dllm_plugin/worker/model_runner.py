@@ -117,11 +117,15 @@ class DiffusionModelRunner(AdapterMixin):
 
     def choose(self, hidden_states: torch.Tensor, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Token of every row, and the confidence its position is ranked by: ``[rows]`` each."""
-        most = max(1, LOGITS_CHUNK_BYTES // (self.model.num_embeddings * hidden_states.element_size()))
-        parts = [self.rank(self.logits_of(hidden_states, rows), rows) for rows in batch.split(most)]
+        chunks = batch.split(self.rows_at_once(hidden_states))
+        parts = [self.rank(self.logits_of(hidden_states, rows), rows) for rows in chunks]
         if len(parts) == 1:
             return parts[0]
         return torch.cat([token for token, _ in parts]), torch.cat([ranking for _, ranking in parts])
+
+    def rows_at_once(self, hidden_states: torch.Tensor) -> int:
+        """Rows whose logits are in memory together."""
+        return max(1, LOGITS_CHUNK_BYTES // (self.model.num_embeddings * hidden_states.element_size()))
 
     def logits_of(self, hidden_states: torch.Tensor, batch: StepBatch) -> torch.Tensor:
         """Logits of every row; guided ones are moved away from the logits that do not see the prompt.
@@ -284,8 +288,8 @@ class DiffusionModelRunner(AdapterMixin):
         positions = torch.arange(num_tokens, device=self.device) % length
         with override_forward_context(create_forward_context(WindowBatch(num_tokens, full), self.vllm_config)):
             hidden_states = self.model(input_ids, positions)
-        chunk = max(1, LOGITS_CHUNK_BYTES // (self.model.num_embeddings * hidden_states.element_size()))
-        logits, unconditional = (self.model.compute_logits(hidden_states[:chunk]) for _ in range(2))
+        most = self.rows_at_once(hidden_states)
+        logits, unconditional = (self.model.compute_logits(hidden_states[:most]) for _ in range(2))
         confidence(unconditional + (logits - unconditional), margin=True, entropy=True)
 
     def sample_tokens(self, grammar_output: Any) -> None:
