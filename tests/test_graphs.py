@@ -79,6 +79,19 @@ def test_every_policy(recording, checkpoint):
     assert rerun.num_replays > 50
 
 
+@pytest.mark.parametrize("rule", [{"threshold": (0.9, 0.0)}, {"factor": (0.7, 5.0)}], ids=str)
+def test_a_graph_does_not_keep_the_pace_it_was_recorded_with(recording, rule):
+    """The second request has the first one's shape, and takes several positions a step instead of one."""
+    llm, rerun = recording("llada")
+    ((name, values),) = rule.items()
+    settings = {"remasking": "low_confidence", "block_length": 8}
+    for value in values:
+        (one,) = test_strategies.grid("llada", test_strategies.SHAPES[:1], settings | {name: value})
+        (output,) = test_strategies.run(llm, [one])
+        assert not test_strategies.difference(one, output)
+    assert len(rerun.recorded) == 1 and rerun.num_replays > 0
+
+
 def test_samples_are_those_of_steps_that_are_run(recording):
     requests = [
         (random_prompt(9, f"sampled {i}"), SamplingParams(temperature=1.0, seed=i, max_tokens=12, detokenize=False))
