@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from vllm.config import ModelConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
@@ -28,8 +29,21 @@ def engine_defaults(vllm_config: "VllmConfig") -> DiffusionParams:
     return parse_engine_defaults(diffusion, DiffusionParams(remasking=family.remasking))
 
 
+class DiffusionModelConfig(ModelConfig):
+    """A model whose prefixes do not stand for themselves, so that prefix caching is on only where a user asks for it."""
+
+    @property
+    def is_prefix_caching_supported(self) -> bool:
+        return False
+
+
 class DiffusionEngineConfig(VerifyAndUpdateConfig):
-    """Hook of vLLM's MODELS_CONFIG_MAP: runs once for our architectures, before worker and scheduler are chosen."""
+    """Hooks of vLLM's MODELS_CONFIG_MAP, which run for our architectures before worker and scheduler are chosen."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """Runs before vLLM puts its own values for what the user left open."""
+        model_config.__class__ = DiffusionModelConfig
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: "VllmConfig") -> None:
@@ -64,6 +78,11 @@ def refuse_what_does_not_fit(vllm_config: "VllmConfig") -> None:
         (
             cache.cache_dtype != "auto",
             f"the KV cache keeps the model's dtype, got kv_cache_dtype={cache.cache_dtype!r}; remove --kv-cache-dtype",
+        ),
+        (
+            cache.enable_prefix_caching,
+            "prefix caching assumes causal attention: under full attention no prefix of a sequence stands for itself; "
+            "remove --enable-prefix-caching",
         ),
         (
             vllm_config.kv_transfer_config is not None,
@@ -154,9 +173,6 @@ def select_components(vllm_config: "VllmConfig") -> None:
     scheduler.async_scheduling = False
     scheduler.enable_chunked_prefill = False
     scheduler.long_prefill_token_threshold = 0
-    if vllm_config.cache_config.enable_prefix_caching:  # vLLM's default, or the user's: it does not say
-        logger.info("Prefix caching is off: under full attention no prefix of a sequence stands for itself.")
-    vllm_config.cache_config.enable_prefix_caching = False
     # worker/graphs.py has our own graphs; vLLM's, and its compilation, must not know of the model
     graphs_are_off = model.enforce_eager or vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
     model.hf_config.cuda_graphs = not graphs_are_off

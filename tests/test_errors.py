@@ -346,7 +346,7 @@ def config(**changes):
             world_size=1,
             worker_cls="auto",
         ),
-        "cache_config": SimpleNamespace(cache_dtype="auto", kv_offloading_size=None),
+        "cache_config": SimpleNamespace(cache_dtype="auto", enable_prefix_caching=False, kv_offloading_size=None),
         "scheduler_config": SimpleNamespace(scheduler_cls=None, async_scheduling=None, max_num_batched_tokens=1000),
         "speculative_config": None,
         "kv_transfer_config": None,
@@ -367,6 +367,7 @@ REFUSED = {
     "decode-context": ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism is not supported"),
     "prefill-context": ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism is not supported"),
     "kv-cache-dtype": ({"cache_config__cache_dtype": "fp8"}, "got kv_cache_dtype='fp8'; remove --kv-cache-dtype"),
+    "prefix-caching": ({"cache_config__enable_prefix_caching": True}, "remove --enable-prefix-caching"),
     "kv-transfer": ({"kv_transfer_config": object()}, "remove --kv-transfer-config"),
     "kv-offloading": ({"cache_config__kv_offloading_size": 1.0}, "remove --kv-offloading-size"),
     "pooling": ({"model_config__runner_type": "pooling"}, "got runner='pooling'; remove --runner"),
@@ -433,6 +434,7 @@ def test_vllms_own_default_token_budget_is_raised():
         ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "remove --worker-cls"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "remove --scheduler-cls"),
         ({"kv_cache_dtype": "fp8"}, "remove --kv-cache-dtype"),
+        ({"enable_prefix_caching": True}, "remove --enable-prefix-caching"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "remove --speculative-config"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -443,9 +445,10 @@ def test_refused_by_a_real_start(settings, message):
     assert message in str(error.value)
 
 
-def test_prefix_caching_and_chunked_prefill_are_off():
-    """Full attention has no prefix that stands for itself: asked for or not, neither is used."""
-    llm = engine_with("llada", enable_prefix_caching=True, enable_chunked_prefill=True)
+@pytest.mark.parametrize("settings", [{}, {"enable_prefix_caching": False, "enable_chunked_prefill": True}], ids=str)
+def test_prefix_caching_and_chunked_prefill_are_off(settings):
+    """Full attention has no prefix that stands for itself: a prompt that comes again is computed again, in one piece."""
+    llm = engine_with("llada", **settings)
     vllm_config = llm.llm_engine.vllm_config
     assert not vllm_config.cache_config.enable_prefix_caching
     assert not vllm_config.scheduler_config.enable_chunked_prefill
