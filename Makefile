@@ -1,5 +1,6 @@
 # make demo   generate text with both bundled checkpoints        make check   ruff
 # make test   the whole test suite                               make bench   the benchmarks
+# make test-release VLLM=0.33.0 NEEDS=orjson    the suite over another release of vLLM that has no CPU build
 #
 # Each target first brings .venv up to date with requirements/cpu.txt. Nothing but Python 3.11, pip and make is needed.
 
@@ -17,7 +18,7 @@ export VLLM_CACHE_ROOT := $(CURDIR)/$(VENV)/cache
 # One thread serves the tiny checkpoints best, and gives the same sums everywhere.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check bench
+.PHONY: demo test test-release check bench
 
 demo: $(READY)
 	@$(BIN)/dllm-plugin demo
@@ -35,6 +36,11 @@ test: $(READY)
 .PHONY: $(TESTS)
 $(TESTS): run-%:
 	@echo "$*"; $(BIN)/python -m pytest -q $*
+
+RELEASE := $(CURDIR)/$(VENV)/releases/$(VLLM)
+test-release: $(READY)
+	@test -d $(RELEASE)/vllm || $(BIN)/python packaging/unpack_release.py $(VLLM) $(RELEASE) $(NEEDS)
+	@PYTHONPATH=$(RELEASE) $(MAKE) --no-print-directory test
 
 check: $(READY)
 	@$(BIN)/ruff check .

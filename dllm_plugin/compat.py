@@ -1,6 +1,10 @@
 """Where the seams of the supported vLLM releases differ, or may not be there on every platform."""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler
 
 SUPPORTED = ">=0.32,<0.34"
 _LOWEST, _BELOW = (0, 32), (0, 34)
@@ -25,6 +29,20 @@ def check_vllm_version() -> None:
             f"dllm_plugin supports vLLM {SUPPORTED}, found {found}; install a supported release (INSTALL.md), or set "
             "VLLM_PLUGINS to a list without register_dllm_models to start without this plugin"
         )
+
+
+def end_with_error(scheduler: "Scheduler", request_id: str, message: str) -> None:
+    """Have vLLM's scheduler end a request with ``finish_reason`` ``error`` after the next step.
+
+    From 0.33 on it passes the message on, over HTTP as a 400; 0.32 keeps ids alone, and answers with a 500.
+    """
+    errors = scheduler.grammar_compile_error_reqs
+    if isinstance(errors, set):
+        errors.add(request_id)
+    else:
+        from vllm.outputs import RequestError
+
+        errors[request_id] = RequestError(code="validation_error", message=message)
 
 
 try:  # the interface of vLLM's second model runner; a release may drop or move it

@@ -14,8 +14,9 @@ from typing import Any
 
 import httpx
 import pytest
-from openai import BadRequestError, OpenAI
+from openai import APIStatusError, BadRequestError, OpenAI
 
+from dllm_plugin import compat
 from dllm_plugin.checkpoints.tasks import questions
 
 BIN = Path(sys.executable).parent
@@ -215,6 +216,17 @@ def test_infilling(llada: Server, engine: Any) -> None:
     )
     ids = answer.choices[0].token_ids
     assert len(ids) == 5 and [ids[1], ids[2], ids[4]] == [65, 66, 67]
+
+
+def test_what_only_the_engine_knows_of_a_request_fails_it_alone(llada: Server) -> None:
+    """vLLM says why from 0.33 on."""
+    tells = not compat.vllm_version().startswith("0.32.")
+    with pytest.raises(APIStatusError) as failure:
+        complete(llada, "Say cat", {"diffusion_suffix": "no more " * 300})
+    assert failure.value.status_code == (400 if tells else 500)
+    message = failure.value.response.json()["error"]["message"]
+    assert ("max_model_len" in message) == tells, message
+    assert complete(llada, max_tokens=2).choices
 
 
 def test_a_top_k_beyond_any_vocabulary(llada: Server) -> None:

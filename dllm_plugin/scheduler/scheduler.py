@@ -18,6 +18,7 @@ from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from dllm_plugin.compat import end_with_error
 from dllm_plugin.engine_config import engine_defaults
 from dllm_plugin.families import family_of
 from dllm_plugin.params import HOLE, DiffusionParams, parse_request
@@ -74,7 +75,7 @@ class DiffusionScheduler(Scheduler):
                 # the request runs a step without what is wrong and vLLM then ends it with finish_reason "error"
                 unforeseen = not isinstance(error, ValueError)  # a tokenizer's own error, say: its traceback is wanted
                 logger.warning("Request %s cannot be served: %s", request.request_id, error, exc_info=unforeseen)
-                self.grammar_compile_error_reqs.add(request.request_id)
+                end_with_error(self, request.request_id, str(error))
                 request.resumable = False
                 denoising = self._begin_denoising(request, DiffusionParams(remasking=self.defaults.remasking))
             self.denoising[request.request_id] = denoising
