@@ -47,6 +47,7 @@ from dllm_plugin.kernels import (
     unmask,
     window_attention,
 )
+from dllm_plugin.kernels.dispatch import tl, triton
 from dllm_plugin.kernels.gated_silu import gated_silu_reference
 from dllm_plugin.kernels.rms_norm import rms_norm_reference
 from dllm_plugin.kernels.rotary import rotate_reference
@@ -338,6 +339,32 @@ def attention_cases(limits: dict[str, float], quick: bool) -> list[dict]:
 # --- confidence -----------------------------------------------------------------------------------------------------
 
 
+@triton.jit
+def _read_kernel(source, maxima, numel, steps, BLOCK: tl.constexpr):
+    """The highest number of one part: as little as a kernel can do with what it reads."""
+    first = tl.program_id(0).to(tl.int64) * steps * BLOCK
+    highest = tl.full([BLOCK], float("-inf"), tl.float32)
+    for step in range(steps):
+        index = first + step * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(source + index, mask=index < numel, other=float("-inf"))
+        highest = tl.maximum(highest, x.to(tl.float32))
+    tl.store(maxima + tl.program_id(0), tl.max(highest, 0))
+
+
+def read_time(buffers: list[Tensor]) -> float:
+    """Seconds of one launch that reads a buffer and leaves one number a program, with the best of some tilings."""
+
+    def read(source: Tensor, block: int, programs: int) -> Tensor:
+        steps = math.ceil(source.numel() / (block * programs))
+        maxima = torch.empty(programs, device="cuda")
+        _read_kernel[(programs,)](source, maxima, source.numel(), steps, BLOCK=block)
+        return maxima
+
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    tilings = [(block, multiprocessors * each) for block in (1024, 2048, 4096, 8192) for each in (2, 4, 8, 16)]
+    return min(graph_time([partial(read, x, *tiling) for x in buffers], 10) for tiling in tilings)
+
+
 def confidence_error(logits: Tensor, no_choice: Tensor) -> float:
     """Largest error of any statistic against float64, relative above 1; infinite when a token differs."""
     got = confidence(logits, no_choice=no_choice, log_probability=True, margin=True, entropy=True)
@@ -397,6 +424,7 @@ def confidence_cases(limits: dict[str, float], quick: bool) -> list[dict]:
                     if count <= 256:
                         rivals["torch_sort"] = [lambda x=x: x.sort(1) for x in buffers[:1]]
                     row["rivals_s"] = {name: graph_time(calls, 10) for name, calls in rivals.items()}
+                    row["rivals_s"]["one_launch_that_reads_them"] = read_time(buffers)
                     print("   ", {name: f"{seconds * 1e6:.1f} us" for name, seconds in row["rivals_s"].items()})
     return rows
 
