@@ -608,7 +608,7 @@ def table(result: dict) -> str:
     for row in result["cases"]:
         rivals = row.get("rivals_s", {})
         others = ", ".join(
-            f"{name} {seconds if isinstance(seconds, str) else f'{seconds * 1e6:.0f}'}"
+            f"{name} {seconds if isinstance(seconds, str) else f'{seconds * 1e6:.1f}'}"
             for name, seconds in rivals.items()
         )
         floor = (f"{row['floor_us']:.1f}", f"{row['of_limit']:.0%}") if row["floor_us"] else ("", "")
