@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import checkpoints, d2f, llada, model
+from reference import checkpoints, d2f, fast_dllm, llada, model
 from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
@@ -79,6 +79,12 @@ def test_adapters_equal_merged_weights(engine, tmp_path_factory, family):
     assert full == expected
     without = [llada.generate(models[0], p, 24, 24, 8).tokens for p in PROMPTS]
     assert all((a == b) == (i == 0) for a, b, i in zip(full, without, ADAPTERS, strict=True))
+
+    # thresholds decide how many rows each of several steps in one engine step has, and each row is of an adapter
+    pace = {"block_length": 12, "cache": "dual", "threshold": 0.4}
+    generations = [fast_dllm.generate(models[i], p, 24, 24, **pace) for p, i in zip(PROMPTS, ADAPTERS, strict=True)]
+    assert generate({"remasking": "low_confidence"} | pace) == [one.tokens for one in generations]
+    assert len({one.num_forwards for one in generations}) > 2
 
     pipelined = generate({"strategy": "d2f", "block_length": 8, "d2f_accept_threshold": 0.02})
     for got, prompt, adapter in zip(pipelined, PROMPTS, ADAPTERS, strict=True):

@@ -7,6 +7,7 @@ checkpoint are decoded together, sixteen at a time, and again alone.
 
 import functools
 import itertools
+import math
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
 
 from dllm_plugin.checkpoints import tasks
+from dllm_plugin.scheduler import scheduler as scheduling
 
 FAMILIES = ("llada", "dream")
 CACHED = ("prefix", "dual")
@@ -64,6 +66,11 @@ class Case:
             detokenize=False,
             extra_args={f"diffusion_{name}": value for name, value in self.extras.items()},
         )
+
+    @property
+    def admits(self) -> bool:
+        """Whether the confidences of a step say how many it unmasks."""
+        return "threshold" in self.extras or "factor" in self.extras or self.extras.get("remasking") == "origin"
 
     def expected(self) -> decoding.Generation:
         """What the reference decoder generates."""
@@ -467,6 +474,24 @@ def test_requests_that_join_and_leave(family: str, seed: int):
     outputs, running = drive(engine(family), [case.request for case in cases], arrivals)
     assert max(running) > 5 and len(set(running)) > 5
     assert [difference(case, output) for case, output in zip(cases, outputs, strict=True)] == [""] * len(cases)
+
+
+@pytest.mark.parametrize("unread", [0, 1])
+@pytest.mark.parametrize("checkpoint", [*FAMILIES, "llada-loud", "dream-loud"])
+def test_steps_share_an_engine_step_until_a_block_is_filled(checkpoint: str, unread: int, monkeypatch):
+    """How many a threshold admits is known after the step: no pass is in vain, not even where the host reads one late."""
+    llm = engine(checkpoint)
+    monkeypatch.setattr(model_runner(llm), "steps_unread", unread)
+    monkeypatch.setattr(scheduling, "MOST_SECONDS", math.inf)
+    cases = [case for case in PARALLEL_CASES + UNTIL_EOS if case.checkpoint == checkpoint and case.admits]
+    passes = engine_steps = 0
+    for case in cases:
+        before = model_runner(llm).num_forward_passes, scheduler(llm).current_step
+        assert difference(case, run(llm, [case])[0]) == ""
+        ran = model_runner(llm).num_forward_passes - before[0]
+        assert ran == expected(case).num_forwards
+        passes, engine_steps = passes + ran, engine_steps + scheduler(llm).current_step - before[1]
+    assert 0 < engine_steps < passes, (len(cases), engine_steps, passes)
 
 
 @pytest.mark.parametrize("checkpoint", [*FAMILIES, "llada-loud", "dream-loud"])

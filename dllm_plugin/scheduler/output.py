@@ -38,8 +38,9 @@ class Canvas:
 class DiffusionSchedulerOutput(SchedulerOutput):
     """Denoising steps to run one after the other, and the canvases that begin with them.
 
-    ``steps``: the window of every scheduled request, by step. Windows of later steps cover the same positions. When a
-    token ends a request, the steps that have not begun are left out.
+    ``steps``: the window of every scheduled request, by step. Windows of later steps cover the same positions, and know how
+    many are masked where that follows from quotas. When a token ends a request or a block is filled, the steps that have
+    not begun are left out.
     """
 
     canvases: dict[str, Canvas] = field(default_factory=dict)
@@ -51,10 +52,10 @@ class DiffusionModelRunnerOutput(ModelRunnerOutput):
     """``sampled_token_ids``: the tokens by which each request's final prefix grew; often none.
 
     ``num_emitted``: request id to the number of them that each step brought, as many steps as were run. ``num_masked``:
-    request id to the number of positions still masked in each block that was active, after the last step.
+    request id to the number of positions still masked in each block that was active, after each of the steps.
     ``eos_is_taken``: requests of which an active block holds EOS, masks before it or not.
     """
 
     num_emitted: dict[str, list[int]] = field(default_factory=dict)
-    num_masked: dict[str, list[int]] = field(default_factory=dict)
+    num_masked: dict[str, list[list[int]]] = field(default_factory=dict)
     eos_is_taken: set[str] = field(default_factory=set)

@@ -109,23 +109,22 @@ class DiffusionScheduler(Scheduler):
         if scheduler_output.steps:
             assert isinstance(model_runner_output, DiffusionModelRunnerOutput)
             num_run = len(next(iter(model_runner_output.num_emitted.values())))
-            steps = scheduler_output.steps[:num_run]
             self._step_seconds = (time.monotonic() - self._scheduled_at) / num_run
-            self._step_tokens = num_tokens(steps[0])
+            self._step_tokens = num_tokens(scheduler_output.steps[0])
             for i, req_id in enumerate(model_runner_output.req_ids):
                 if (denoising := self.denoising.get(req_id)) is None:
                     continue  # aborted while the steps ran
-                for _ in steps[1:]:
-                    denoising.plan.presume()
-                eos_is_taken = req_id in model_runner_output.eos_is_taken
-                denoising.plan.advance(model_runner_output.num_masked[req_id], eos_is_taken)
+                num_masked = model_runner_output.num_masked[req_id]
+                for num_left in num_masked:
+                    denoising.plan.advance(num_left, req_id in model_runner_output.eos_is_taken)
                 if req_id in self.grammar_compile_error_reqs:  # vLLM ends it with an error; nothing else may
                     model_runner_output.sampled_token_ids[i] = []
                     continue
                 num_emitted = model_runner_output.num_emitted[req_id]
+                num_before = [block.num_masked for block in scheduler_output.steps[0][req_id].blocks]
                 self._steps_run[req_id] = [
-                    (sum(block.num_masked for block in step[req_id].blocks), emitted)
-                    for step, emitted in zip(steps, num_emitted, strict=True)
+                    (sum(before), emitted)
+                    for before, emitted in zip([num_before, *num_masked[:-1]], num_emitted, strict=True)
                 ]
                 if not any(num_emitted):  # vLLM has nothing to update the request with
                     self._record_steps(self.requests[req_id])
@@ -147,11 +146,11 @@ class DiffusionScheduler(Scheduler):
         return new_token_ids, stopped
 
     def _look_ahead(self, windows: dict[str, Window]) -> list[dict[str, Window]]:
-        """The steps to run before the scheduler is asked again: one, or up to eight that are sure and seen by nobody.
+        """The steps to run before the scheduler is asked again: one, or up to eight that are alike and seen by nobody.
 
         So a step costs an eighth of what the host does around it. No output may be asked for before the end, nothing may
-        end a request but a token, which the worker sees, and no running request may have been passed over. Who waits was
-        just refused, and would be as long as the same requests go on.
+        end a request but a token, which the worker sees, as it sees a block that is filled before its time, and no running
+        request may have been passed over. Who waits was just refused, and would be as long as the same requests go on.
         """
         if not windows:
             return []
@@ -163,7 +162,7 @@ class DiffusionScheduler(Scheduler):
         while (
             len(steps) < MOST_STEPS
             and (len(steps) + 1) * seconds <= MOST_SECONDS
-            and all(plan.next_is_sure for plan in plans)
+            and all(plan.next_is_alike for plan in plans)
         ):
             for plan in plans:
                 plan.presume()

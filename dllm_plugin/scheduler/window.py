@@ -165,12 +165,12 @@ class Plan(ABC):
         self.window = self._next_window()
 
     @property
-    def next_is_sure(self) -> bool:
-        """True where the next window is known before the present one has run, and covers the same positions."""
+    def next_is_alike(self) -> bool:
+        """True where the next window covers the same positions, unless the present one fills a block."""
         return False
 
     def presume(self) -> None:
-        """Advance to the next window, which is sure, whether the present one has run or not."""
+        """Advance as if the present window had unmasked its quotas and no more, which is sure without a threshold."""
         self.advance([block.num_masked - block.quota for block in self.window.blocks])
 
     @property
@@ -258,10 +258,10 @@ class BlockwisePlan(Plan):
         return window if params.max_steps is None else self._take_all_if_last(window)
 
     @property
-    def next_is_sure(self) -> bool:
+    def next_is_alike(self) -> bool:
         (block,) = self.window.blocks
-        by_quota = block.threshold == math.inf and block.factor == 0 and self.params.max_steps is None
-        return by_quota and block.quota < block.num_masked and self._covers_all(1) == self._covers_all(0)
+        is_last = block.quota >= block.num_masked or self.params.max_steps is not None
+        return not is_last and self._covers_all(1) == self._covers_all(0)
 
     def _covers_all(self, steps_ahead: int) -> bool:
         """Whether the window forwards everything, so many steps from now in the same block."""

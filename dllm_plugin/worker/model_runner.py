@@ -71,15 +71,18 @@ class DiffusionModelRunner(AdapterMixin):
         layout = self.batches.lay_out(scheduler_output.steps[0])  # of all steps
         shape = self.graphs.take(layout)
         progress = Progress(layout, self.state)
+        by_quota = not (layout.needs.thresholds or layout.needs.factors)
         unread: deque[Summary] = deque()
         for windows in scheduler_output.steps:
-            batch = self.batches.build(windows, layout, every_place=shape is not None)
+            known = windows if by_quota else progress.with_masks_left(windows)
+            batch = self.batches.build(known, layout, every_place=shape is not None)
             if self.lora_config:
                 self.activate_adapters(batch)
             unread.append(Summary(batch, self.graphs.denoise(batch, shape) if shape else self.denoise(batch)))
             self.num_forward_passes += 1
-            # on a GPU the next step is prepared while this one runs, and so looks at the one before
-            if len(unread) > self.steps_unread and progress.read(unread.popleft()):
+            # on a GPU the next step is prepared while this one runs, and so looks at the one before, unless only this one
+            # tells whether there is to be a next
+            if len(unread) > by_quota * self.steps_unread and progress.read(unread.popleft()):
                 break
         while unread:
             progress.read(unread.popleft())

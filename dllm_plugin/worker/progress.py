@@ -3,6 +3,7 @@
 import torch
 
 from dllm_plugin.scheduler.output import DiffusionModelRunnerOutput
+from dllm_plugin.scheduler.window import Window
 from dllm_plugin.worker.batch import Layout, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
 
@@ -32,18 +33,17 @@ class Progress:
         self.requests = [store.requests[request_id] for request_id in layout.request_ids]
         self.tokens: list[list[int]] = [[] for _ in self.requests]
         self.num_emitted: list[list[int]] = [[] for _ in self.requests]
-        self.num_masked: list[list[int]] = []
+        self.num_masked: list[list[list[int]]] = [[] for _ in self.requests]  # by step and block
         self.eos_is_taken: set[str] = set()
 
     def read(self, summary: Summary) -> bool:
-        """Take the next step's summary apart; returns whether one of its new tokens ends a request."""
+        """Take the next step's summary apart; returns whether it ends a request or fills a block."""
         numbers, batch, num_requests = summary.wait(), summary.batch, len(self.requests)
         num_blocks = len(batch.quota)
         prefixes = numbers[num_blocks : num_blocks + num_requests]
-        first_block, first_token, ended = 0, num_blocks + num_requests, False
-        self.num_masked.clear()
+        first_block, first_token, ended = 0, num_blocks + num_requests, 0 in numbers[:num_blocks]
         for i, (request, window, prefix) in enumerate(zip(self.requests, batch.windows, prefixes, strict=True)):
-            self.num_masked.append(numbers[first_block : first_block + len(window.blocks)])
+            self.num_masked[i].append(numbers[first_block : first_block + len(window.blocks)])
             first_block += len(window.blocks)
             num_new = max(0, min(prefix, request.canvas_end) - request.final_prefix)
             if num_new:
@@ -58,6 +58,20 @@ class Progress:
             taken = zip(self.layout.request_ids, numbers[-num_requests:], strict=True)
             self.eos_is_taken = {request_id for request_id, is_taken in taken if is_taken}
         return ended
+
+    def with_masks_left(self, windows: dict[str, Window]) -> dict[str, Window]:
+        """The windows of the next step, with the number of masks that the last one has left in their blocks."""
+        if not self.num_masked[0]:
+            return windows
+        return {
+            request_id: windows[request_id]._replace(
+                blocks=tuple(
+                    block._replace(num_masked=left)
+                    for block, left in zip(windows[request_id].blocks, steps[-1], strict=True)
+                )
+            )
+            for request_id, steps in zip(self.layout.request_ids, self.num_masked, strict=True)
+        }
 
     def output(self) -> DiffusionModelRunnerOutput:
         request_ids = self.layout.request_ids
