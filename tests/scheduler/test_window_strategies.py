@@ -445,7 +445,9 @@ class Simulation:
             masked = sorted(self.masked.intersection(range(block.start, block.end)))
             assert len(masked) == block.num_masked, "the plan lost count"
             fewest = len(masked) if block.threshold <= 0 else min(block.quota, len(masked))
-            most = fewest if alike and by_quota else self.random.choice([fewest, self.random.randint(fewest, len(masked))])
+            most = (
+                fewest if alike and by_quota else self.random.choice([fewest, self.random.randint(fewest, len(masked))])
+            )
             taken = self.random.sample(masked, most)
             self.masked -= set(taken)
             self.taken |= dict.fromkeys(taken, window.step)
