@@ -41,6 +41,7 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("prompt_logprobs", (None,), "leave it out"),
     ("structured_outputs", (None,), "leave it out"),
     ("logprob_token_ids", (None, []), "leave it out"),
+    ("prompt_logprob_token_ids", (), "leave it out"),
     ("thinking_token_budget", (None,), "leave it out"),
     ("watermarking", (None, False), "leave it out"),
     ("trace_decode_token_ids", (None, []), "leave it out"),

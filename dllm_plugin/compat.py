@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
 
-SUPPORTED = ">=0.32,<0.34"
 _LOWEST, _BELOW = (0, 32), (0, 34)
+SUPPORTED = f">={_LOWEST[0]}.{_LOWEST[1]},<{_BELOW[0]}.{_BELOW[1]}"
 
 
 def vllm_version() -> str:

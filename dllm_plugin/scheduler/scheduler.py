@@ -4,6 +4,7 @@ import copy
 import math
 import random
 import time
+from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,7 +77,8 @@ class DiffusionScheduler(Scheduler):
                 unforeseen = not isinstance(error, ValueError)  # a tokenizer's own error, say: its traceback is wanted
                 logger.warning("Request %s cannot be served: %s", request.request_id, error, exc_info=unforeseen)
                 end_with_error(self, request.request_id, str(error))
-                request.resumable = False
+                # what follows the first prompt of a session is kept there and never read
+                request.resumable, request.streaming_queue = False, deque()
                 denoising = self._begin_denoising(request, DiffusionParams(remasking=self.defaults.remasking))
             self.denoising[request.request_id] = denoising
             request.spec_decode_metrics = RequestSpecDecodeMetrics.new(denoising.plan.next_canvas_length)
@@ -97,8 +99,7 @@ class DiffusionScheduler(Scheduler):
                 plan.restart_canvas()
                 canvases[req_id] = self._canvas(self.requests[req_id])
             windows[req_id] = plan.window
-        # whom vLLM holds back for other data-parallel ranks is let in by one of its next calls
-        steps = [windows] if throttle_prefills and windows else self._look_ahead(windows)
+        steps = self._look_ahead(windows)
         self._scheduled_at = time.monotonic()
         return DiffusionSchedulerOutput(**vars(output), canvases=canvases, steps=steps)
 

@@ -1,6 +1,7 @@
 """One denoising step for a batch of windows: forward, choose tokens, rank positions, unmask."""
 
 from collections import deque
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import create_forward_context, override_forward_context
 from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.reload.inplace import reload_weights
 from vllm.utils.mem_utils import DeviceMemoryProfiler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
@@ -36,8 +38,6 @@ FILTER_BYTES = 16 * 2**20  # of float32 logits that are sorted at once
 
 class DiffusionModelRunner(AdapterMixin):
     """Runs the model on the scheduler's windows and keeps the canvases. The same code on CPU and CUDA."""
-
-    is_pooling_model = False
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         self.vllm_config = vllm_config
@@ -247,8 +247,14 @@ class DiffusionModelRunner(AdapterMixin):
                 self.model = self.load_lora_model(self.model, self.vllm_config, self.device)
         self.model_memory_usage = memory.consumed_memory
 
-    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        get_model_loader(self.load_config).load_weights(self.model, model_config=self.model_config)
+    def reload_weights(
+        self,
+        weights_iterator: Iterable[tuple[str, torch.Tensor]] | None = None,
+        weights_path: str | None = None,
+        is_checkpoint_format: bool = True,
+    ) -> None:
+        reload_weights(self.vllm_config, self.model, weights_iterator, weights_path, is_checkpoint_format)
+        self.reset_lora_state()
 
     def get_model(self) -> nn.Module:
         return self.model
@@ -264,7 +270,6 @@ class DiffusionModelRunner(AdapterMixin):
     def initialize_kv_cache(
         self,
         kv_cache_config: KVCacheConfig,
-        is_profiling: bool = False,
         kv_cache_allocation_context: AbstractContextManager[Any] | None = None,
     ) -> None:
         layout = self.vllm_config.cache_config.get_resolved_kv_cache_layout()
@@ -278,9 +283,9 @@ class DiffusionModelRunner(AdapterMixin):
 
     @torch.inference_mode()
     def profile_run(self, randomize_inputs: bool = False) -> None:
-        """The largest step: a full token budget, and one chunk of logits with guidance."""
-        num_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
-        length = min(num_tokens, self.model_config.max_model_len)
+        """The largest step: a full token budget or one guided sequence, and one chunk of logits with guidance."""
+        length = self.model_config.max_model_len
+        num_tokens = max(self.vllm_config.scheduler_config.max_num_batched_tokens, 2 * length)
         query_start_loc = [*range(0, num_tokens, length), num_tokens]
         full = FullWindows(
             query_start_loc=torch.tensor(query_start_loc, dtype=torch.int32, device=self.device),
