@@ -3,7 +3,8 @@
 The shape of GSAI-ML/LLaDA-8B-Instruct in bfloat16. First, prompts of 1,024 tokens, two blocks of 32 under the dual cache,
 one token a step: the first step of a block forwards the whole sequence, the other 31 its block alone, and each kind is timed
 by itself. Then one prompt of 100 and a canvas of 256 without a cache, two tokens a step. All with outputs asked for at the
-end, as `LLM.generate` does, and the first also streamed, where each denoising step is an engine step of its own; and with
+end, as `LLM.generate` does, and the first also streamed, where each denoising step is an engine step of its own, and under a
+threshold (which no random confidence passes), where the host must have seen a step before it launches the next; and with
 CUDA graphs and without. Times are engine steps by the host's clock, divided by their denoising steps. Random weights have no
 accuracy; this is about speed only. The last line is one JSON object; `--json FILE` writes it too.
 """
@@ -76,9 +77,10 @@ def seconds_a_step(llm: LLM, batch: int, prompt_length: int, params: SamplingPar
     return seconds
 
 
-def measure_blocks(llm: LLM, batch: int, streamed: bool) -> dict:
-    """Medians over the steps of a kind."""
-    params = sampling(CANVAS, streamed, cache="dual", block_length=BLOCK, steps=CANVAS)
+def measure_blocks(llm: LLM, batch: int, kind: str) -> dict:
+    """Medians over the steps that forward a block, and over those that forward everything."""
+    pace = {"threshold": 0.9} if kind == "threshold" else {"steps": CANVAS}
+    params = sampling(CANVAS, kind == "streamed", cache="dual", block_length=BLOCK, **pace)
     for _ in range(2):
         seconds_a_step(llm, batch, PROMPT, params)  # compiles, records
     seconds = seconds_a_step(llm, batch, PROMPT, params)
@@ -91,7 +93,7 @@ def measure_blocks(llm: LLM, batch: int, streamed: bool) -> dict:
     whole = [seconds[0], seconds[BLOCK]]
     return {
         "batch": batch,
-        "streamed": streamed,
+        "kind": kind,
         "graphs": runner_of(llm).graphs.enabled,
         "block_step_ms": 1e3 * statistics.median(seconds[1:BLOCK] + seconds[BLOCK + 1 :]),
         "whole_step_ms": 1e3 * statistics.median(whole),
@@ -122,9 +124,9 @@ def main() -> None:
     result = {"environment": environment() | {"vllm": vllm_version}, "steps": []}
     for graphs in (True, False):
         runner_of(llm).graphs.enabled = graphs
-        for streamed in (False, True):
+        for kind in ("at the end", "threshold", "streamed"):
             for batch in (1, 8, 32):
-                result["steps"].append(measure_blocks(llm, batch, streamed))
+                result["steps"].append(measure_blocks(llm, batch, kind))
                 print(result["steps"][-1], flush=True)
         result["steps"].append(measure_whole(llm))
         print(result["steps"][-1], flush=True)
