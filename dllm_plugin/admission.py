@@ -28,7 +28,7 @@ class _Refusal(ValueError):
 
 
 # SamplingParams attribute, its neutral values, and what a user can do instead
-_UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("min_p", (0, 0.0), "use top_p or top_k"),
     ("presence_penalty", (0, 0.0), "penalties assume left-to-right generation"),
     ("frequency_penalty", (0, 0.0), "penalties assume left-to-right generation"),
@@ -37,7 +37,7 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("logit_bias", (None, {}), "leave it out"),
     ("allowed_token_ids", (None, []), "leave it out"),
     ("bad_words", (None, []), "leave it out"),
-    ("logprobs", (None,), "leave it out"),
+    ("logprobs", (None,), "leave it out (beam search asks for it, and goes left to right)"),
     ("prompt_logprobs", (None,), "leave it out"),
     ("structured_outputs", (None,), "leave it out"),
     ("logprob_token_ids", (None, []), "leave it out"),
@@ -97,7 +97,7 @@ def check_sampling_params(sampling_params: SamplingParams, vocab_size: int, max_
     """Raise ValueError for a sampling parameter or an extra that a diffusion model cannot honour."""
     if not isinstance(sampling_params.seed, int | None):
         raise ValueError(f"seed must be an integer, got {sampling_params.seed!r}; leave it out for a random one")
-    for name, neutral, remedy in _UNSUPPORTED:
+    for name, neutral, remedy in UNSUPPORTED:
         value = getattr(sampling_params, name, None)
         if value is not None and value not in neutral:
             raise ValueError(f"{name} is not supported with diffusion language models, got {value!r}; {remedy}")

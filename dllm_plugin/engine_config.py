@@ -6,9 +6,9 @@ from vllm.config import ModelConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from dllm_plugin.admission import admission_for
+from dllm_plugin.admission import UNSUPPORTED, admission_for
 from dllm_plugin.families import family_of
-from dllm_plugin.params import DiffusionParams, parse_engine_defaults
+from dllm_plugin.params import DiffusionParams, check_token_ids, engine_settings, parse_engine_defaults
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -23,10 +23,11 @@ DEFAULT_CPU_PAGE = 128  # positions in a page of the KV cache, where vLLM choose
 
 def engine_defaults(vllm_config: "VllmConfig") -> DiffusionParams:
     """Decoding parameters of a request that gives none: the family's, then those of ``--additional-config``."""
-    family = family_of(vllm_config.model_config.architecture)
-    settings = vllm_config.additional_config
-    diffusion = settings.get("diffusion", {}) if isinstance(settings, dict) else {}
-    return parse_engine_defaults(diffusion, DiffusionParams(remasking=family.remasking))
+    model = vllm_config.model_config
+    settings = engine_settings(vllm_config.additional_config)
+    defaults = parse_engine_defaults(settings, DiffusionParams(remasking=family_of(model.architecture).remasking))
+    check_token_ids(defaults, model.get_vocab_size(), label='--additional-config {"diffusion": ...} ')
+    return defaults
 
 
 class DiffusionModelConfig(ModelConfig):
@@ -48,6 +49,7 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
     @classmethod
     def verify_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         """Select our scheduler, worker and admission check. Raises ValueError for a setting that does not fit."""
+        vllm_config.model_config.hf_config.check()
         refuse_what_does_not_fit(vllm_config)
         engine_defaults(vllm_config)  # a wrong engine-wide default stops start-up, not the first request
         fit_token_budget(vllm_config)
@@ -188,11 +190,28 @@ def select_components(vllm_config: "VllmConfig") -> None:
     model.hf_config.cuda_graphs = not graphs_are_off
     model.enforce_eager = True
     model.logits_processors = [admission_for(model.get_vocab_size(), model.max_model_len)]
-    # the reference decoders' temperature, where the checkpoint's generation_config.json names none
-    if model.generation_config != "vllm":
-        temperature = model.try_get_generation_config().get("temperature")
-        if temperature is None:
-            model.override_generation_config.setdefault("temperature", 0.0)
+    select_sampling_defaults(model)
+
+
+def select_sampling_defaults(model: ModelConfig) -> None:
+    """The reference decoders' temperature where generation_config.json names none, and nothing that is not supported.
+
+    Some checkpoints inherit a repetition penalty from the model they were made of; with it every request that leaves the
+    sampling to the server would be refused.
+    """
+    overrides = model.override_generation_config
+    published = {} if model.generation_config == "vllm" else model.try_get_generation_config()
+    if model.generation_config != "vllm" and published.get("temperature") is None:
+        overrides.setdefault("temperature", 0.0)
+    for name, neutral, remedy in UNSUPPORTED:
+        if neutral and overrides.get(name, neutral[0]) not in neutral:
+            raise ValueError(
+                f"dllm_plugin: {name} is not supported with diffusion language models, got override_generation_config "
+                f"with {name}={overrides[name]!r}; remove it ({remedy})"
+            )
+        if neutral and published.get(name, neutral[0]) not in (*neutral, None):
+            logger.warning("Ignoring %s=%r of generation_config.json: %s.", name, published[name], remedy)
+            overrides[name] = neutral[0]
 
 
 def resolve_turn_end(vllm_config: "VllmConfig") -> None:

@@ -62,7 +62,7 @@ DESCRIPTIONS: dict[str, str] = {
     "eps": "smallest time of Dream's schedule",
     "cfg_scale": "classifier-free guidance; 0 is off. Each step then forwards a second, prompt-less copy",
     "eos_suppression": "logits: EOS is never chosen. confidence: EOS and end of turn are taken last",
-    "max_steps": "forward passes of a request at most; the last one unmasks all that is left",
+    "max_steps": "forward passes of a request at most, but for a preempted canvas; the last one unmasks all that is left",
     "cache": "prefix, dual: only forward the block and what follows, or the block alone, between refreshes (Fast-dLLM)",
     "cache_refresh": "also forward everything every this many steps of a block; 0: at its first step only",
     "strategy": "d2f: pipelined blocks under block-causal attention with an exact cache, for D2F checkpoints",
@@ -151,6 +151,30 @@ RULES: dict[str, _Rule] = {
 assert list(RULES) == list(DESCRIPTIONS) == [field.name for field in fields(DiffusionParams)]
 
 
+def engine_settings(additional_config: Any) -> Any:
+    """What of vLLM's ``additional_config`` is meant for us. Other plugins' keys are left alone, near misses refused."""
+    if not isinstance(additional_config, Mapping):
+        return {}
+    for key in map(str, additional_config):
+        if key != "diffusion" and (key in RULES or key.startswith(PREFIX) or _nearest(key, ["diffusion"], cutoff=0.8)):
+            raise ValueError(
+                f'--additional-config has an unknown key {key!r}; engine-wide defaults go into {{"diffusion": {{...}}}}, '
+                "without prefix"
+            )
+    return additional_config.get("diffusion", {})
+
+
+def check_token_ids(params: DiffusionParams, vocab_size: int, label: str) -> None:
+    """Raise ValueError where suffix or template hold what is no token of the model."""
+    for name in ("suffix", "template"):
+        ids = [token for token in getattr(params, name) if not isinstance(token, str)]
+        if ids and max(ids) >= vocab_size:
+            raise ValueError(
+                f"{label}{name} must hold token ids below the vocabulary's size {vocab_size}, got {max(ids)}; take the "
+                "ids from the model's own tokenizer"
+            )
+
+
 def parse_engine_defaults(settings: Any, base: DiffusionParams) -> DiffusionParams:
     """``base`` with the engine-wide ``settings`` (``{"steps": 64}``) applied. Raises ValueError for a wrong one."""
     where = '--additional-config {"diffusion": ...}'
@@ -185,13 +209,7 @@ def check_request(
             f"max_tokens must hold the whole diffusion_template, which has {len(params.template)} positions, got "
             f"{max_tokens}; raise max_tokens"
         )
-    for name in ("suffix", "template"):
-        ids = [token for token in getattr(params, name) if not isinstance(token, str)]
-        if ids and max(ids) >= vocab_size:
-            raise ValueError(
-                f"{PREFIX}{name} must hold token ids below the vocabulary's size {vocab_size}, got {max(ids)}; take the "
-                "ids from the model's own tokenizer"
-            )
+    check_token_ids(params, vocab_size, label=PREFIX)
     if params.steps is None or params.block_length is None:
         return
     canvas = len(params.template) or min(params.canvas_length, max_tokens or params.canvas_length)

@@ -111,7 +111,7 @@ UNSUPPORTED = {
 
 
 def test_every_unsupported_parameter_has_a_value_here():
-    assert set(UNSUPPORTED) == {name for name, _, _ in admission._UNSUPPORTED}
+    assert set(UNSUPPORTED) == {name for name, _, _ in admission.UNSUPPORTED}
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
@@ -119,7 +119,7 @@ def test_unsupported_sampling_parameters(name):
     params = SamplingParams(temperature=1.0, max_tokens=8, **{name: UNSUPPORTED[name]})
     with pytest.raises(ValueError) as error:
         check(params)
-    rule, _, remedy = next(row for row in admission._UNSUPPORTED if row[0] == name)
+    rule, _, remedy = next(row for row in admission.UNSUPPORTED if row[0] == name)
     assert str(error.value).startswith(f"{rule} is not supported with diffusion language models, got ")
     assert str(error.value).endswith(remedy)
 
@@ -166,7 +166,7 @@ def test_every_sampling_parameter_of_vllm_is_known():
         # how logprobs look, which are refused
         "flat_logprobs", "prompt_logprob_start",
     }  # fmt: skip
-    refused = {name for name, _, _ in admission._UNSUPPORTED}
+    refused = {name for name, _, _ in admission.UNSUPPORTED}
     names = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
     assert names - served - no_bearing - refused == set()
 
@@ -328,6 +328,7 @@ def test_defaults_of_the_families(checkpoint, policy):
         ({"stesp": 4}, "unknown parameter 'stesp' (did you mean 'steps'?)"),
         ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
         (64, "must be a mapping of parameter names to values, got 64"),
+        ({"suffix": [5, 5000]}, "suffix must hold token ids below the vocabulary's size 331, got 5000"),
     ],
 )
 def test_wrong_engine_wide_defaults_stop_the_start(diffusion, message):
@@ -574,6 +575,47 @@ def test_config_of_another_structure(broken, family, change):
         AutoConfig.from_pretrained(folder)
     ((key, value),) = change.items()
     assert f"config.json has {key}={value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "family, change, message",
+    [
+        (
+            "llada",
+            {"eos_token_id": [2, 3]},
+            "eos_token_id must be one token id below the vocabulary's size 331, got [2, 3]",
+        ),
+        ("dream", {"eos_token_id": None}, "eos_token_id must be one token id"),
+        ("llada", {"mask_token_id": 331}, "mask_token_id must be one token id"),
+        ("dream", {"mask_token_id": -1}, "mask_token_id must be one token id"),
+        ("dream", {"rope_theta": "x"}, "rope_theta must be a positive number, got 'x'"),
+        ("llada", {"rms_norm_eps": 0}, "rms_norm_eps must be a positive number, got 0"),
+        ("llada", {"activation_type": "gelu"}, "activation_type='gelu'"),
+        ("dream", {"use_sliding_window": True}, "use_sliding_window=True"),
+        ("dream", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "rope_scaling is"),
+        ("llada", {"rope_parameters": {"rope_type": "default", "rope_theta": 10.0}}, "rope_scaling is"),
+    ],
+    ids=str,
+)
+def test_overrides_are_checked_like_the_config(family, change, message):
+    """vLLM puts them on the config after it was made; a wrong one would be ignored, or fail in the first request."""
+    with pytest.raises(Exception) as error:
+        engine_with(family, hf_overrides=change)
+    assert message in chain(error.value)
+
+
+def test_a_penalty_of_the_generation_config_is_ignored(broken):
+    """Published with a model of the same family that is no diffusion model; a user's own is refused."""
+    path = broken("llada", "penalty")
+    (path / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.05, "top_p": 0.9, "temperature": 0.5}))
+    llm = new_engine(path)
+    defaults = llm.get_default_sampling_params()
+    assert (defaults.repetition_penalty, defaults.top_p, defaults.temperature) == (1.0, 0.9, 0.5)
+    assert llm.generate([{"prompt_token_ids": PROMPT}], None, use_tqdm=False)
+    KEPT.append(llm)
+    with pytest.raises(Exception) as error:
+        new_engine(path, override_generation_config={"repetition_penalty": 1.2})
+    assert "got override_generation_config with repetition_penalty=1.2; remove it" in chain(error.value)
 
 
 def test_config_without_a_structural_key_stops_the_start(broken):

@@ -15,6 +15,7 @@ from dllm_plugin.params import (
     RULES,
     STRATEGIES,
     DiffusionParams,
+    engine_settings,
     parse_engine_defaults,
     parse_request,
 )
@@ -251,6 +252,18 @@ def test_engine_defaults_are_laid_over_the_familys():
     defaults = parse_engine_defaults({"steps": 64, "eps": 0.01}, base)
     assert defaults == DiffusionParams(remasking="origin", steps=64, eps=0.01)
     assert parse_request({"diffusion_steps": 8}, defaults) == DiffusionParams(remasking="origin", steps=8, eps=0.01)
+
+
+@pytest.mark.parametrize("key", ["diffusion_steps", "steps", "difusion", "Diffusion", "diffusions"])
+def test_engine_defaults_in_the_wrong_place(key):
+    with pytest.raises(ValueError, match=f"unknown key {key!r}; engine-wide defaults go into"):
+        engine_settings({key: {"steps": 64}})
+
+
+@pytest.mark.parametrize("others", [{}, {"other_plugin": {"steps": 64}}, None])
+def test_settings_of_other_plugins_are_left_alone(others):
+    assert engine_settings(others) == {}
+    assert engine_settings({**(others or {}), "diffusion": {"steps": 64}}) == {"steps": 64}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,15 @@ class _StrictConfig(PretrainedConfig):
     has_no_defaults_at_init = True
     required_keys: ClassVar[tuple[str, ...]] = ()
     supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    sizes: ClassVar[tuple[str, ...]] = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "vocab_size",
+        "max_position_embeddings",
+    )
 
     def __init__(self, **kwargs: Any) -> None:
         if missing := [key for key in self.required_keys if key not in kwargs]:
@@ -23,13 +32,49 @@ class _StrictConfig(PretrainedConfig):
                 f"config.json of this {self.model_type!r} model lacks {', '.join(missing)}; no default can stand in "
                 "for a structural key: take config.json from the published checkpoint"
             )
-        for key, supported in self.supported_values.items():
-            if key in kwargs and kwargs[key] not in supported:
-                raise ValueError(
-                    f"config.json has {key}={kwargs[key]!r}, and the {self.model_type!r} adapter supports "
-                    f"only {' or '.join(map(repr, supported))}; another structure needs an adapter of its own"
-                )
+        self._refuse_other_structures({key: kwargs[key] for key in self.supported_values if key in kwargs})
         super().__init__(**kwargs)
+
+    def check(self) -> None:
+        """Raise ValueError, naming the key, for a value no model can be built of, from config.json or an override."""
+        given = {key: getattr(self, key) for key in self.supported_values if hasattr(self, key)}
+        rotation = given.pop("rope_scaling") or {}  # transformers keeps the plain rotation there, too
+        self._refuse_other_structures(given)
+        if rotation.get("rope_type", "default") != "default" or rotation.get("rope_theta") not in (
+            None,
+            self.rope_theta,
+        ):
+            raise ValueError(
+                f"rope_scaling is {rotation!r}; positions are rotated by rope_theta alone, so leave it out"
+            )
+        for key in ("rope_theta", "rms_norm_eps"):
+            if not isinstance(value := getattr(self, key), int | float) or not value > 0:
+                raise ValueError(
+                    f"{key} must be a positive number, got {value!r}; take it from the published config.json"
+                )
+        for key in self.sizes:
+            if not is_integer(value := getattr(self, key)) or value < 1:
+                raise ValueError(
+                    f"{key} must be a positive integer, got {value!r}; take it from the published config.json"
+                )
+        for key in ("mask_token_id", "eos_token_id"):
+            if not is_integer(value := getattr(self, key)) or not 0 <= value < self.vocab_size:
+                raise ValueError(
+                    f"{key} must be one token id below the vocabulary's size {self.vocab_size}, got {value!r}; further "
+                    "ids that end a response belong into generation_config.json or stop_token_ids"
+                )
+
+    def _refuse_other_structures(self, values: dict[str, Any]) -> None:
+        for key, value in values.items():
+            if value not in (supported := self.supported_values[key]):
+                raise ValueError(
+                    f"config.json has {key}={value!r}, and the {self.model_type!r} adapter supports only "
+                    f"{' or '.join(map(repr, supported))}; another structure needs an adapter of its own"
+                )
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class LLaDAConfig(_StrictConfig):
@@ -71,6 +116,7 @@ class LLaDAConfig(_StrictConfig):
         "activation_type": ("silu",),
         "rope": (True,),
         "rope_full_precision": (True,),
+        "rope_scaling": (None,),
         "alibi": (False,),
         "include_bias": (False,),
         "include_qkv_bias": (False,),

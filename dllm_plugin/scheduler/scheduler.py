@@ -194,8 +194,9 @@ class DiffusionScheduler(Scheduler):
         limit = min(num_prompt + request.max_tokens, self.max_model_len - len(suffix_ids))
         if limit - num_prompt < max(1, len(params.template)):
             raise ValueError(
-                f"prompt, canvas and suffix must fit max_model_len {self.max_model_len}: {num_prompt} tokens of prompt "
-                f"and {len(suffix_ids)} of diffusion_suffix leave no room"
+                f"prompt, canvas and suffix must fit max_model_len {self.max_model_len}, and a template max_tokens "
+                f"{request.max_tokens}: {num_prompt} tokens of prompt, {len(suffix_ids)} of diffusion_suffix and "
+                f"{len(params.template)} of diffusion_template leave no room"
             )
         sampling = request.sampling_params
         watched = sampling.output_kind != RequestOutputKind.FINAL_ONLY or sampling.stop or sampling.repetition_detection
