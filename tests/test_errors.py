@@ -607,7 +607,9 @@ def test_overrides_are_checked_like_the_config(family, change, message):
 def test_a_penalty_of_the_generation_config_is_ignored(broken):
     """Published with a model of the same family that is no diffusion model; a user's own is refused."""
     path = broken("llada", "penalty")
-    (path / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.05, "top_p": 0.9, "temperature": 0.5}))
+    (path / "generation_config.json").write_text(
+        json.dumps({"repetition_penalty": 1.05, "top_p": 0.9, "temperature": 0.5})
+    )
     llm = new_engine(path)
     defaults = llm.get_default_sampling_params()
     assert (defaults.repetition_penalty, defaults.top_p, defaults.temperature) == (1.0, 0.9, 0.5)
