@@ -31,10 +31,11 @@ def check_vllm_version() -> None:
         )
 
 
-def end_with_error(scheduler: "Scheduler", request_id: str, message: str) -> None:
+def end_with_error(scheduler: "Scheduler", request_id: str, message: str, unforeseen: bool) -> None:
     """Have vLLM's scheduler end a request with ``finish_reason`` ``error`` after the next step.
 
-    From 0.33 on it passes the message on, over HTTP as a 400; 0.32 keeps ids alone, and answers with a 500.
+    From 0.33 on it passes the message on, over HTTP as a 400, or a 500 where it is ``unforeseen``; 0.32 keeps ids alone,
+    and answers with a 500.
     """
     errors = scheduler.grammar_compile_error_reqs
     if isinstance(errors, set):
@@ -42,7 +43,8 @@ def end_with_error(scheduler: "Scheduler", request_id: str, message: str) -> Non
     else:
         from vllm.outputs import RequestError
 
-        errors[request_id] = RequestError(code="validation_error", message=message)
+        code = "internal_error" if unforeseen else "validation_error"
+        errors[request_id] = RequestError(code=code, message=message)
 
 
 try:  # the interface of vLLM's second model runner; a release may drop or move it

@@ -18,6 +18,7 @@ logger = init_logger("vllm." + __name__)
 WORKER = "dllm_plugin.worker.DiffusionWorker"
 SCHEDULER = "dllm_plugin.scheduler.scheduler.DiffusionScheduler"
 ADMISSION = "dllm_plugin.admission:"
+LONGEST_GUIDED = 8192  # tokens of a sequence whose second copy there is always memory for
 DEFAULT_CPU_PAGE = 128  # positions in a page of the KV cache, where vLLM chooses
 
 
@@ -154,6 +155,12 @@ def fit_token_budget(vllm_config: "VllmConfig") -> None:
         )
     logger.info("Raising max_num_batched_tokens from its default %d to max_model_len %d.", budget, max_model_len)
     scheduler.max_num_batched_tokens = max_model_len
+
+
+def most_tokens_of_a_step(vllm_config: "VllmConfig") -> int:
+    """Tokens that a step forwards at most: the budget, or those of one guided sequence, which runs alone above it."""
+    budget = vllm_config.scheduler_config.max_num_batched_tokens
+    return max(budget, 2 * min(vllm_config.model_config.max_model_len, LONGEST_GUIDED))
 
 
 def fit_cpu_memory(vllm_config: "VllmConfig") -> None:

@@ -155,8 +155,9 @@ def engine_settings(additional_config: Any) -> Any:
     """What of vLLM's ``additional_config`` is meant for us. Other plugins' keys are left alone, near misses refused."""
     if not isinstance(additional_config, Mapping):
         return {}
-    for key in map(str, additional_config):
-        if key != "diffusion" and (key in RULES or key.startswith(PREFIX) or _nearest(key, ["diffusion"], cutoff=0.8)):
+    for key, value in additional_config.items():
+        ours = key in RULES and not isinstance(value, Mapping)
+        if key != "diffusion" and (ours or key.startswith(PREFIX) or _nearest(key, ["diffusion"], cutoff=0.8)):
             raise ValueError(
                 f'--additional-config has an unknown key {key!r}; engine-wide defaults go into {{"diffusion": {{...}}}}, '
                 "without prefix"

@@ -19,6 +19,7 @@ from helpers import (
     edit_config,
     engine,
     folder,
+    model_runner,
     new_engine,
     num_forwards,
     random_prompt,
@@ -574,7 +575,7 @@ def test_config_of_another_structure(broken, family, change):
     with pytest.raises(ValueError) as error:
         AutoConfig.from_pretrained(folder)
     ((key, value),) = change.items()
-    assert f"config.json has {key}={value!r}" in str(error.value)
+    assert f"the config has {key}={value!r}" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -592,8 +593,16 @@ def test_config_of_another_structure(broken, family, change):
         ("llada", {"rms_norm_eps": 0}, "rms_norm_eps must be a positive number, got 0"),
         ("llada", {"activation_type": "gelu"}, "activation_type='gelu'"),
         ("dream", {"use_sliding_window": True}, "use_sliding_window=True"),
-        ("dream", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "rope_scaling is"),
-        ("llada", {"rope_parameters": {"rope_type": "default", "rope_theta": 10.0}}, "rope_scaling is"),
+        (
+            "dream",
+            {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+            "set rope_theta, and leave rope_parameters",
+        ),
+        (
+            "llada",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 10.0}},
+            "set rope_theta, and leave rope_parameters",
+        ),
     ],
     ids=str,
 )
@@ -602,6 +611,16 @@ def test_overrides_are_checked_like_the_config(family, change, message):
     with pytest.raises(Exception) as error:
         engine_with(family, hf_overrides=change)
     assert message in chain(error.value)
+
+
+def test_a_plain_rotation_in_the_config_does_not_bind_an_override(broken):
+    """transformers saves one beside rope_theta."""
+    path = broken("dream", "rotation")
+    theta = json.loads((path / "config.json").read_text())["rope_theta"]
+    edit_config(path, rope_parameters={"rope_type": "default", "rope_theta": theta})
+    llm = new_engine(path, hf_overrides={"rope_theta": theta / 2})
+    KEPT.append(llm)
+    assert model_runner(llm).model.decoder.shape.rope_theta == theta / 2
 
 
 def test_a_penalty_of_the_generation_config_is_ignored(broken):

@@ -91,6 +91,9 @@ def test_adapters_equal_merged_weights(engine, tmp_path_factory, family):
         assert got == d2f.generate(models[adapter], prompt, 24, block_length=8, accept_threshold=0.02).tokens
     assert llm.llm_engine.list_loras() == {1, 2}
 
+    llm.collective_rpc("reload_weights")
+    assert generate({"remasking": "low_confidence", "block_length": 8}) == expected
+
 
 def greedy(max_tokens, **extras):
     return SamplingParams(

@@ -34,18 +34,23 @@ class _StrictConfig(PretrainedConfig):
             )
         self._refuse_other_structures({key: kwargs[key] for key in self.supported_values if key in kwargs})
         super().__init__(**kwargs)
+        if self._rotation == {"rope_type": "default", "rope_theta": self.rope_theta}:
+            self.rope_parameters = None  # says nothing else, and would contradict an override of rope_theta
+
+    @property
+    def _rotation(self) -> dict[str, Any]:
+        return getattr(self, "rope_parameters", None) or {}
 
     def check(self) -> None:
         """Raise ValueError, naming the key, for a value no model can be built of, from config.json or an override."""
-        given = {key: getattr(self, key) for key in self.supported_values if hasattr(self, key)}
-        rotation = given.pop("rope_scaling") or {}  # transformers keeps the plain rotation there, too
-        self._refuse_other_structures(given)
-        if rotation.get("rope_type", "default") != "default" or rotation.get("rope_theta") not in (
-            None,
-            self.rope_theta,
-        ):
+        values = {key: getattr(self, key) for key in self.supported_values if hasattr(self, key)}
+        values.pop("rope_scaling", None)  # where transformers keeps the plain rotation, too
+        self._refuse_other_structures(values)
+        plain = {"rope_type": "default", "rope_theta": self.rope_theta}
+        if plain | self._rotation != plain:
             raise ValueError(
-                f"rope_scaling is {rotation!r}; positions are rotated by rope_theta alone, so leave it out"
+                f"rope_parameters is {self._rotation!r}, and positions are rotated by rope_theta alone, which is "
+                f"{self.rope_theta!r}; set rope_theta, and leave rope_parameters and rope_scaling out"
             )
         for key in ("rope_theta", "rms_norm_eps"):
             if not isinstance(value := getattr(self, key), int | float) or not value > 0:
@@ -60,15 +65,15 @@ class _StrictConfig(PretrainedConfig):
         for key in ("mask_token_id", "eos_token_id"):
             if not is_integer(value := getattr(self, key)) or not 0 <= value < self.vocab_size:
                 raise ValueError(
-                    f"{key} must be one token id below the vocabulary's size {self.vocab_size}, got {value!r}; further "
-                    "ids that end a response belong into generation_config.json or stop_token_ids"
+                    f"{key} must be one token id below the vocabulary's size {self.vocab_size}, got {value!r}; take it from "
+                    "the published config.json (more ids that end a response: generation_config.json, stop_token_ids)"
                 )
 
     def _refuse_other_structures(self, values: dict[str, Any]) -> None:
         for key, value in values.items():
             if value not in (supported := self.supported_values[key]):
                 raise ValueError(
-                    f"config.json has {key}={value!r}, and the {self.model_type!r} adapter supports only "
+                    f"the config has {key}={value!r}, and the {self.model_type!r} adapter supports only "
                     f"{' or '.join(map(repr, supported))}; another structure needs an adapter of its own"
                 )
 

@@ -260,7 +260,8 @@ class DiffusionLM(nn.Module, SupportsLoRA):
 
         Raises ValueError naming the tensor where one is surplus, has the wrong shape, or is missing.
         """
-        parameters = dict(self.decoder.named_parameters())
+        # layers with adapters keep what was loaded under another name
+        parameters = {name.replace(".base_layer.", "."): p for name, p in self.decoder.named_parameters()}
         loaded: set[tuple[str, int | str | None]] = set()
         for name, tensor in weights:
             target, shard = self.names.locate(name)

@@ -20,7 +20,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from dllm_plugin.compat import end_with_error
-from dllm_plugin.engine_config import engine_defaults
+from dllm_plugin.engine_config import engine_defaults, most_tokens_of_a_step
 from dllm_plugin.families import family_of
 from dllm_plugin.params import HOLE, DiffusionParams, parse_request
 from dllm_plugin.scheduler.output import Canvas, DiffusionModelRunnerOutput, DiffusionSchedulerOutput
@@ -49,7 +49,7 @@ class DiffusionScheduler(Scheduler):
     - A request is admitted when its whole canvas fits the KV cache and its window fits the step's token budget.
     - First come, first served: where the budget cannot hold every running request, the latest wait for a later step.
     - A window is never chunked, since its queries see each other; one larger than the budget runs alone.
-    - Where nobody watches, up to eight steps that are sure run one after the other before the next call.
+    - Where nobody watches, up to eight steps over the same positions run one after the other before the next call.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -76,7 +76,7 @@ class DiffusionScheduler(Scheduler):
                 # the request runs a step without what is wrong and vLLM then ends it with finish_reason "error"
                 unforeseen = not isinstance(error, ValueError)  # a tokenizer's own error, say: its traceback is wanted
                 logger.warning("Request %s cannot be served: %s", request.request_id, error, exc_info=unforeseen)
-                end_with_error(self, request.request_id, str(error))
+                end_with_error(self, request.request_id, str(error), unforeseen)
                 # what follows the first prompt of a session is kept there and never read
                 request.resumable, request.streaming_queue = False, deque()
                 denoising = self._begin_denoising(request, DiffusionParams(remasking=self.defaults.remasking))
@@ -191,12 +191,16 @@ class DiffusionScheduler(Scheduler):
         if outside := [token for token in (*suffix_ids, *params.template) if token >= vocab_size]:
             raise ValueError(f"diffusion_suffix or diffusion_template holds token {outside[0]} of {vocab_size}")
         num_prompt = request.num_prompt_tokens
-        limit = min(num_prompt + request.max_tokens, self.max_model_len - len(suffix_ids))
+        longest = self.max_model_len
+        if params.cfg_scale > 0:
+            longest = min(longest, most_tokens_of_a_step(self.vllm_config) // 2)
+        limit = min(num_prompt + request.max_tokens, longest - len(suffix_ids))
         if limit - num_prompt < max(1, len(params.template)):
             raise ValueError(
-                f"prompt, canvas and suffix must fit max_model_len {self.max_model_len}, and a template max_tokens "
-                f"{request.max_tokens}: {num_prompt} tokens of prompt, {len(suffix_ids)} of diffusion_suffix and "
-                f"{len(params.template)} of diffusion_template leave no room"
+                f"prompt, canvas and suffix must fit {longest} tokens (max_model_len; with guidance half of "
+                f"max_num_batched_tokens where that is less), and a template max_tokens {request.max_tokens}: "
+                f"{num_prompt} tokens of prompt, {len(suffix_ids)} of diffusion_suffix and {len(params.template)} of "
+                f"diffusion_template leave no room"
             )
         sampling = request.sampling_params
         watched = sampling.output_kind != RequestOutputKind.FINAL_ONLY or sampling.stop or sampling.repetition_detection

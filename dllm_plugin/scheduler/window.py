@@ -22,7 +22,7 @@ class ActiveBlock(NamedTuple):
 
     These are the ``n`` most confident, ``n`` the largest of ``quota``, the number of confidences above ``threshold``,
     and what ``factor`` admits (kernels/unmask.py); inf and 0 switch the latter two off. ``num_masked``: how many of the
-    positions are masked before the step.
+    positions are masked before the step; of steps that are looked ahead under a threshold, at most so many.
     """
 
     start: int

@@ -11,6 +11,7 @@ from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
+from dllm_plugin.engine_config import most_tokens_of_a_step
 from dllm_plugin.worker.batch import StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
 
@@ -29,14 +30,22 @@ class AdapterMixin(LoRAModelRunnerMixin):
         # guidance forwards a second copy of a window, which vLLM's buffers for tokens and sequences must hold too
         config.scheduler_config = scheduler = copy.copy(vllm_config.scheduler_config)
         scheduler.max_num_seqs *= 2
-        scheduler.max_num_batched_tokens *= 2
+        scheduler.max_num_batched_tokens = most_tokens_of_a_step(vllm_config)
         if not current_platform.is_cpu():
             return super().load_lora_model(model, config, device)
         config.lora_config = replace(lora, max_loras=lora.max_loras + 1, max_cpu_loras=lora.max_cpu_loras + 1)
         model = super().load_lora_model(model, config, device)
-        self.lora_manager.add_dummy_lora(NO_ADAPTER, rank=min(8, lora.max_lora_rank))
-        self.lora_manager.pin_adapter(NO_ADAPTER.lora_int_id)
+        self.add_no_adapter()
         return model
+
+    def add_no_adapter(self) -> None:
+        self.lora_manager.add_dummy_lora(NO_ADAPTER, rank=min(8, self.lora_config.max_lora_rank))
+        self.lora_manager.pin_adapter(NO_ADAPTER.lora_int_id)
+
+    def reset_lora_state(self) -> None:
+        super().reset_lora_state()
+        if self.lora_config and current_platform.is_cpu():
+            self.add_no_adapter()  # all are dropped
 
     def activate_adapters(self, batch: StepBatch) -> None:
         """Tell vLLM's LoRA layers which adapter each token, and each row of logits, belongs to."""

@@ -18,6 +18,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.utils import allocate_kv_cache
 
 from dllm_plugin.attention import DiffusionAttention, FullWindows, WindowBatch
+from dllm_plugin.engine_config import most_tokens_of_a_step
 from dllm_plugin.families import family_of
 from dllm_plugin.kernels import philox
 from dllm_plugin.kernels.confidence import Confidence, confidence
@@ -283,9 +284,9 @@ class DiffusionModelRunner(AdapterMixin):
 
     @torch.inference_mode()
     def profile_run(self, randomize_inputs: bool = False) -> None:
-        """The largest step: a full token budget or one guided sequence, and one chunk of logits with guidance."""
+        """The largest step there is, and one chunk of logits with guidance."""
+        num_tokens = most_tokens_of_a_step(self.vllm_config)
         length = self.model_config.max_model_len
-        num_tokens = max(self.vllm_config.scheduler_config.max_num_batched_tokens, 2 * length)
         query_start_loc = [*range(0, num_tokens, length), num_tokens]
         full = FullWindows(
             query_start_loc=torch.tensor(query_start_loc, dtype=torch.int32, device=self.device),
