@@ -516,12 +516,13 @@ def test_max_model_len_cuts_the_canvas(narrow):
 def test_guidance_cuts_the_canvas(narrow, monkeypatch):
     """Both copies of a sequence fit what a step may forward, and what memory there was found to be for."""
     monkeypatch.setattr(engine_config, "LONGEST_GUIDED", 8)  # the budget of 64 tokens is more
+    prompt = tuple(random_prompt(20, "guided"))
     steps = Steps(narrow)
-    steps.add(case(30, 20, cfg=1.0))
+    steps.add(case(30, prompt, cfg=1.0))
     steps.add(case(30, 32, cfg=1.0))
     steps.drain()
     cut, ended = steps.finished["A"], steps.finished["B"].outputs[0]
-    assert not difference(case(12, 20, cfg=1.0), cut) and cut.outputs[0].finish_reason == "length"
+    assert not difference(case(12, prompt, cfg=1.0), cut) and cut.outputs[0].finish_reason == "length"
     assert (ended.finish_reason, len(ended.token_ids)) == ("error", 0)
 
 
