@@ -172,8 +172,8 @@ def window_attention_reference(
         count = last - first
         pages = block_table[first:last, : -(-seen // page_size)].reshape(-1)
         key, value = (
-            cache.index_select(0, pages).view(count, -1, num_kv_heads, head_size)[:, :seen]
-            for cache in (key_cache, value_cache)
+            gathered.view(count, -1, num_kv_heads, head_size)[:, :seen]
+            for gathered in _gather_pages(key_cache, value_cache, pages)
         )
         queries, outputs = (
             tensor[begin : begin + count * length].unflatten(0, (count, length)) for tensor in (query, out)
@@ -182,6 +182,16 @@ def window_attention_reference(
             outputs[:, low:high] = _attend(queries[:, low:high], key[:, :limit], value[:, :limit], scale)
         first = last
     return out
+
+
+def _gather_pages(key_cache: Tensor, value_cache: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of the pages; in one piece where they lie beside each other (`split_kv_cache`), which is faster."""
+    size = key_cache.shape[-1]
+    beside = value_cache.data_ptr() == key_cache.data_ptr() + size * key_cache.element_size()
+    if beside and key_cache.stride() == value_cache.stride() and key_cache.stride(2) >= 2 * size:
+        both = key_cache.as_strided((*key_cache.shape[:3], 2 * size), key_cache.stride()).index_select(0, pages)
+        return both[..., :size], both[..., size:]
+    return key_cache.index_select(0, pages), value_cache.index_select(0, pages)
 
 
 def full_attention_reference(
