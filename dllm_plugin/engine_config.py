@@ -211,12 +211,12 @@ def select_sampling_defaults(model: ModelConfig) -> None:
     if model.generation_config != "vllm" and published.get("temperature") is None:
         overrides.setdefault("temperature", 0.0)
     for name, neutral, remedy in UNSUPPORTED:
-        if neutral and overrides.get(name, neutral[0]) not in neutral:
+        if overrides.get(name) not in (*neutral, None):
             raise ValueError(
                 f"dllm_plugin: {name} is not supported with diffusion language models, got override_generation_config "
                 f"with {name}={overrides[name]!r}; remove it ({remedy})"
             )
-        if neutral and published.get(name, neutral[0]) not in (*neutral, None):
+        if published.get(name) not in (*neutral, None):
             logger.warning("Ignoring %s=%r of generation_config.json: %s.", name, published[name], remedy)
             overrides[name] = neutral[0]
 

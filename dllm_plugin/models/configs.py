@@ -146,13 +146,7 @@ class DreamConfig(_StrictConfig):
 
     model_type = "Dream"
     required_keys = (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "intermediate_size",
-        "vocab_size",
-        "max_position_embeddings",
+        *_StrictConfig.sizes,
         "rope_theta",
         "rms_norm_eps",
         "tie_word_embeddings",
