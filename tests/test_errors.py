@@ -426,6 +426,13 @@ def test_configurations_that_fit(changes):
     engine_config.refuse_what_does_not_fit(config(**changes))
 
 
+@pytest.mark.parametrize("budget, length, most", [(1000, 1000, 2000), (5000, 1000, 5000), (20000, 20000, 20000)])
+def test_a_guided_sequence_may_exceed_the_budget(budget, length, most):
+    """Up to 8,192 tokens and their copy; above that, half of the budget is for each."""
+    parts = {"scheduler_config__max_num_batched_tokens": budget, "model_config__max_model_len": length}
+    assert engine_config.most_tokens_of_a_step(config(**parts)) == most
+
+
 @pytest.mark.parametrize("scheduled, fits", [(None, True), (1000, True), (999, False), (32, False)])
 def test_what_is_scheduled_at_once_holds_a_sequence(scheduled, fits):
     """vLLM would leave a longer prompt waiting, and all behind it."""

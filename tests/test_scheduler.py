@@ -526,6 +526,14 @@ def test_guidance_cuts_the_canvas(narrow, monkeypatch):
     assert (ended.finish_reason, len(ended.token_ids)) == ("error", 0)
 
 
+def test_memory_is_profiled_for_the_largest_step(narrow, monkeypatch):
+    runner, forwarded = model_runner(narrow), []
+    forward = runner.model.forward
+    monkeypatch.setattr(runner.model, "forward", lambda ids, *rest: forwarded.append(len(ids)) or forward(ids, *rest))
+    runner.profile_run()
+    assert forwarded == [128]
+
+
 def test_a_prompt_that_leaves_one_position(narrow):
     one = case(1, 63)
     steps = Steps(narrow)
@@ -568,6 +576,16 @@ def test_steps_that_nobody_watches_share_an_engine_step(wide):
     assert steps.table == [("AB", 2), ("B", 2)]  # 8 + 2, and again
     check(steps, *cases)
     nothing_is_left(wide)
+
+
+def test_each_of_the_steps_is_counted_with_the_masks_before_it(wide, monkeypatch):
+    counted = []
+    monkeypatch.setattr(scheduling.RequestSpecDecodeMetrics, "observe", lambda _, *numbers: counted.append(numbers))
+    Steps(wide).add(*unwatched(case(10, 8, "a")))
+    while wide.llm_engine.has_unfinished_requests():
+        wide.llm_engine.step()
+    assert [num_masked for num_masked, _ in counted] == [*range(10, 0, -1)]
+    assert sum(num_emitted for _, num_emitted in counted) == 10
 
 
 @pytest.mark.parametrize("seconds, table", [(1e-9, [("A", 10)]), (math.inf, [("A", 2)])], ids=["slow", "fast"])
