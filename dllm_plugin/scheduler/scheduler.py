@@ -1,6 +1,5 @@
 """The vLLM scheduler, with denoising windows instead of tokens to compute."""
 
-import copy
 import math
 import random
 import time
@@ -116,8 +115,7 @@ class DiffusionScheduler(Scheduler):
                 if (denoising := self.denoising.get(req_id)) is None:
                     continue  # aborted while the steps ran
                 num_masked = model_runner_output.num_masked[req_id]
-                for num_left in num_masked:
-                    denoising.plan.advance(num_left, req_id in model_runner_output.eos_is_taken)
+                denoising.plan.advance(num_masked[-1], req_id in model_runner_output.eos_is_taken, num_run)
                 if req_id in self.grammar_compile_error_reqs:  # vLLM ends it with an error; nothing else may
                     model_runner_output.sampled_token_ids[i] = []
                     continue
@@ -159,16 +157,12 @@ class DiffusionScheduler(Scheduler):
         if len(running) < len(self.running) or not all(one.unwatched for one in running):
             return steps
         seconds = self._step_seconds * max(1.0, num_tokens(windows) / self._step_tokens)
-        plans = [copy.copy(one.plan) for one in running]  # the plans themselves are never ahead of what has run
-        while (
-            len(steps) < MOST_STEPS
-            and (len(steps) + 1) * seconds <= MOST_SECONDS
-            and all(plan.next_is_alike for plan in plans)
-        ):
-            for plan in plans:
-                plan.presume()
-            steps.append({req_id: plan.window for req_id, plan in zip(windows, plans, strict=True)})
-        return steps
+        num_steps = max(1, int(min(MOST_STEPS, MOST_SECONDS / seconds)))
+        ahead = []
+        for one in running:
+            ahead.append(one.plan.look_ahead(num_steps))
+            num_steps = min(num_steps, len(ahead[-1]))
+        return [dict(zip(windows, step, strict=True)) for step in zip(*ahead, strict=False)]
 
     def _record_steps(self, request: Request, num_tokens: int | None = None) -> None:
         """Count the steps that ran; of a request that ended, only up to the one that brought its last token."""

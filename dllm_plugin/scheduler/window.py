@@ -158,20 +158,21 @@ class Plan(ABC):
         self._begin_canvas()
         self.window = self._next_window()
 
-    def advance(self, num_masked: Sequence[int], eos_is_taken: bool = False) -> None:
-        """Record a step: positions still masked in each of the window's active blocks, in their order."""
-        self.step += 1
-        self._record(num_masked, eos_is_taken)
+    def look_ahead(self, most: int) -> list[Window]:
+        """The present window and, up to so many, those after it that cover the same positions unless a block is filled.
+
+        They presume that each window unmasks its quotas and no more, which is sure without a threshold.
+        """
+        return [self.window]
+
+    def advance(self, num_masked: Sequence[int], eos_is_taken: bool = False, num_steps: int = 1) -> None:
+        """Record steps: positions that the last left masked in each of the active blocks, in their order.
+
+        Several steps are some of what `look_ahead` gave, none but the last of which filled a block.
+        """
+        self.step += num_steps
+        self._record(num_masked, eos_is_taken, num_steps)
         self.window = self._next_window()
-
-    @property
-    def next_is_alike(self) -> bool:
-        """True where the next window covers the same positions, unless the present one fills a block."""
-        return False
-
-    def presume(self) -> None:
-        """Advance as if the present window had unmasked its quotas and no more, which is sure without a threshold."""
-        self.advance([block.num_masked - block.quota for block in self.window.blocks])
 
     @property
     def steps_are_spent(self) -> bool:
@@ -203,7 +204,7 @@ class Plan(ABC):
         """The next step's window; None when the canvas is full."""
 
     @abstractmethod
-    def _record(self, num_masked: Sequence[int], eos_is_taken: bool) -> None: ...
+    def _record(self, num_masked: Sequence[int], eos_is_taken: bool, num_steps: int) -> None: ...
 
     @abstractmethod
     def _num_masked_in_canvas(self) -> int: ...
@@ -236,41 +237,50 @@ class BlockwisePlan(Plan):
         self._block_step = 0
         self._num_masked = self._masks[block] if block < len(self._blocks) else 0
 
-    def _record(self, num_masked: Sequence[int], eos_is_taken: bool) -> None:
-        self._block_step += 1
+    def _record(self, num_masked: Sequence[int], eos_is_taken: bool, num_steps: int) -> None:
+        self._block_step += num_steps
         self._num_masked = num_masked[0]
         if self.steps_are_spent:
             self._block = len(self._blocks)
         elif self._num_masked == 0:
             self._begin_block(self._block + 1)
 
+    def look_ahead(self, most: int) -> list[Window]:
+        windows = [self.window]
+        if self.params.max_steps is not None:
+            return windows
+        while len(windows) < most and self._covers_all(len(windows)) == self._covers_all(0):
+            (block,) = windows[-1].blocks
+            if block.quota >= block.num_masked:
+                break
+            windows.append(self._window(len(windows), block.num_masked - block.quota))
+        return windows
+
     def _next_window(self) -> Window | None:
         if self._block == len(self._blocks):
             return None
+        window = self._window(0, self._num_masked)
+        return window if self.params.max_steps is None else self._take_all_if_last(window)
+
+    def _window(self, steps_ahead: int, num_masked: int) -> Window:
+        """The active block's, so many steps from now, with so many masks before it."""
         params, (start, end) = self.params, self._blocks[self._block]
-        block = ActiveBlock(start, end, self._num_masked, *self._pace())
+        block = ActiveBlock(start, end, num_masked, *self._pace(self._block_step + steps_ahead, num_masked))
         length = self.canvas_end + self.num_suffix
-        if self._covers_all(steps_ahead=0):
+        if self._covers_all(steps_ahead):
             first, last = 0, length
         else:
             first, last = start - self.shift, length if params.cache == "prefix" else end
-        window = Window(first, last, length, self.step, (block,), params.cache != "none")
-        return window if params.max_steps is None else self._take_all_if_last(window)
-
-    @property
-    def next_is_alike(self) -> bool:
-        (block,) = self.window.blocks
-        is_last = block.quota >= block.num_masked or self.params.max_steps is not None
-        return not is_last and self._covers_all(1) == self._covers_all(0)
+        return Window(first, last, length, self.step + steps_ahead, (block,), params.cache != "none")
 
     def _covers_all(self, steps_ahead: int) -> bool:
-        """Whether the window forwards everything, so many steps from now in the same block."""
+        """Whether the window forwards everything, so many steps from now in the active block."""
         step, refresh = self._block_step + steps_ahead, self.params.cache_refresh
         return self.params.cache == "none" or (step % refresh == 0 if refresh else step == 0)
 
-    def _pace(self) -> tuple[int, float, float]:
-        """Quota, threshold and factor of the present step."""
-        params, step, num_steps = self.params, self._block_step, self._steps[self._block]
+    def _pace(self, step: int, num_masked: int) -> tuple[int, float, float]:
+        """Quota, threshold and factor of a step of the active block."""
+        params, num_steps = self.params, self._steps[self._block]
         if params.threshold is not None:
             return 1, params.threshold, 0.0
         if params.factor is not None:
@@ -279,7 +289,7 @@ class BlockwisePlan(Plan):
             # each position by itself: a uniform confidence above 1 - p
             return 0, 1.0 - dream_transfer_probability(step, num_steps, params.eps), 0.0
         if params.remasking in DREAM_POLICIES:
-            return dream_quota(self._num_masked, step, num_steps, params.eps), math.inf, 0.0
+            return dream_quota(num_masked, step, num_steps, params.eps), math.inf, 0.0
         return even_quota(self._masks[self._block], step, num_steps), math.inf, 0.0
 
     def _num_masked_in_canvas(self) -> int:
