@@ -23,6 +23,7 @@ from helpers import (
     engine,
     expected,
     folder,
+    model_runner,
     num_forwards,
     random_prompt,
     reference,
@@ -31,7 +32,6 @@ from helpers import (
 from vllm.outputs import RequestOutput
 
 from dllm_plugin.checkpoints import tasks
-from dllm_plugin.worker import model_runner
 
 FAMILIES = ("llada", "dream")
 
@@ -215,9 +215,13 @@ def test_the_order_of_requests_does_not_matter():
 def test_logits_in_chunks(monkeypatch):
     """Five rows at a time, guided ones among them."""
     cases = [case for case in (*SHAPE_CASES, *GUIDED_CASES) if case.checkpoint == "llada"][::5]
-    monkeypatch.setattr(model_runner, "LOGITS_CHUNK_BYTES", 5 * 4 * 331)
+    runner = model_runner(engine("llada"))
+    chunks, logits_of = [], runner.logits_of
+    monkeypatch.setattr(runner, "rows_at_once", 5)
+    monkeypatch.setattr(runner, "logits_of", lambda *args: chunks.append(logits_of(*args)) or chunks[-1])
     outputs, _ = drive(engine("llada"), [case.request for case in cases])
     assert not any(difference(*pair) for pair in zip(cases, outputs, strict=True))
+    assert max(map(len, chunks)) == 5
 
 
 # ---- the cases reach what they name

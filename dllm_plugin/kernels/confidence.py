@@ -166,9 +166,9 @@ def _block(
 def _greedy(x: Tensor, no_choice: Tensor | None) -> Tensor:
     token = first_argmax(x)
     if no_choice is not None:
-        forbidden = token[:, None] == no_choice
+        forbidden = (token.cpu().numpy()[:, None] == no_choice.cpu().numpy()).any(1)
         if forbidden.any():
-            for row in forbidden.any(1).nonzero().squeeze(1).split(_rows_per_copy(x)):
+            for row in torch.from_numpy(forbidden.nonzero()[0]).to(x.device).split(_rows_per_copy(x)):
                 token[row] = first_argmax(allow(x[row], no_choice[row]))
     return token
 

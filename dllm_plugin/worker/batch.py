@@ -10,7 +10,9 @@ import torch
 from dllm_plugin.attention import FullWindows, PagedWindows, WindowBatch
 from dllm_plugin.scheduler.output import Canvas
 from dllm_plugin.scheduler.window import Window
-from dllm_plugin.worker.canvas import CanvasStore
+from dllm_plugin.worker.canvas import CanvasStore, Request
+
+_NUMPY = {torch.int32: np.int32, torch.int64: np.int64, torch.float32: np.float32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,6 @@ class Layout:
     window_length: np.ndarray  # [windows] on the host
     windows: WindowBatch
     slots: torch.Tensor  # [requests]
-    first_cells: torch.Tensor  # [requests], where each begins in the flattened store
     offsets: torch.Tensor  # [n] 0, 1, ...: no final prefix can grow by more than n
     token_index: torch.Tensor  # [tokens], into the flattened store
     positions: torch.Tensor  # [tokens], in the sequence
@@ -101,7 +102,7 @@ class StepBatch:
 
     layout: Layout
     windows: list[Window]  # of each request
-    final_prefixes: list[int]  # of each request, as the host knew them: `final_prefix` below
+    final_prefixes: list[int]  # of each request, as the host knew them
     max_emitted: int  # no final prefix can have grown by more since
     every_place: bool  # True: rows are all places, masked or not, and so the same in every step of the layout
     # on the device
@@ -112,7 +113,7 @@ class StepBatch:
     row_start_loc: torch.Tensor  # [blocks + 1] int32, rows of a block
     numbers: torch.Tensor  # int32, the next three end to end, and the row starts where they change
     step: torch.Tensor  # [requests]
-    final_prefix: torch.Tensor  # [requests]
+    first_open: torch.Tensor  # [requests], index in the flattened store of what follows `final_prefixes`
     quota: torch.Tensor  # [blocks]
     threshold: torch.Tensor | None  # [blocks] float32; None where no block has one
     factor: torch.Tensor | None  # [blocks] float32; likewise
@@ -162,18 +163,19 @@ class BatchBuilder:
 
     def build(self, windows: dict[str, Window], layout: Layout, every_place: bool = False) -> StepBatch:
         store = self.store
+        requests = [store.requests[request_id] for request_id in layout.request_ids]
         steps = [windows[request_id] for request_id in layout.request_ids]
         blocks = [block for window in steps for block in window.blocks]
         row_loc = [] if every_place else [*accumulate([block.num_masked for block in blocks], initial=0)]
-        final_prefixes = [store.requests[request_id].final_prefix for request_id in layout.request_ids]
+        stride = store.tokens.shape[1]
         lists = (
             [window.step for window in steps],
-            final_prefixes,
+            [request.slot * stride + request.final_prefix for request in requests],
             [block.quota for block in blocks],
             row_loc,
         )
         numbers = pack(store.device, *lists, dtype=torch.int32)
-        step, final_prefix, quota, row_start_loc = numbers.split_with_sizes([len(part) for part in lists])
+        step, first_open, quota, row_start_loc = numbers.split_with_sizes([len(part) for part in lists])
         if every_place:
             rows, row_start_loc = layout.places, layout.place_start_loc
         else:
@@ -190,8 +192,8 @@ class BatchBuilder:
         return StepBatch(
             layout=layout,
             windows=steps,
-            final_prefixes=final_prefixes,
-            max_emitted=len(layout.offsets) if every_place else max_growth(store, layout.request_ids, steps),
+            final_prefixes=[request.final_prefix for request in requests],
+            max_emitted=len(layout.offsets) if every_place else max_growth(requests, steps),
             every_place=every_place,
             row_cell=row_cell,
             row_token=row_token,
@@ -200,7 +202,7 @@ class BatchBuilder:
             row_start_loc=row_start_loc,
             numbers=numbers,
             step=step,
-            final_prefix=final_prefix,
+            first_open=first_open,
             quota=quota,
             threshold=threshold,
             factor=factor,
@@ -257,15 +259,14 @@ class BatchBuilder:
             )
         one_block_each = len(blocks) == num_requests
         place_index = slot[place_request] * stride + place_position
-        token_index, positions, places, slots, first_cells, block_requests, offsets = to_device(
+        token_index, positions, places, slots, block_requests, offsets = to_device(
             device,
             np.repeat(slot[of] * stride, length) + position,
             position,
             np.concatenate([place_index, ranges(first_token, block_length), place_position, place_request]),
             slot,
-            slot * stride,
             block_request,
-            np.arange(power_of_two(max_growth(store, request_ids, steps))),
+            np.arange(power_of_two(max_growth(requests, steps))),
         )
         request_loc, place_loc = to_device(
             device, start_loc([len(window.blocks) for window in steps]), start_loc(block_length), dtype=torch.int32
@@ -277,7 +278,6 @@ class BatchBuilder:
             window_length=length,
             windows=self._window_batch(request_ids, steps, loc, len(guided)),
             slots=slots,
-            first_cells=first_cells,
             offsets=offsets,
             token_index=token_index,
             positions=positions,
@@ -338,18 +338,16 @@ class BatchBuilder:
         )
 
 
-def max_growth(store: CanvasStore, request_ids: list[str], steps: list[Window]) -> int:
+def max_growth(requests: list[Request], steps: list[Window]) -> int:
     """By how much a final prefix can grow in a step at most.
 
     Pinned positions, and blocks filled before the one in front of them, become final together with it.
     """
-    requests = [store.requests[request_id] for request_id in request_ids]
-    ends = (
-        r.canvas_end if r.has_pinned or w.block_length else w.blocks[-1].end
-        for r, w in zip(requests, steps, strict=True)
-    )
-    # a canvas begun again has emitted more than its first block holds
-    return max(0, *(end - request.final_prefix for end, request in zip(ends, requests, strict=True)))
+    most = 0  # a canvas begun again has emitted more than its first block holds
+    for request, window in zip(requests, steps, strict=True):
+        beyond_block = request.has_pinned or window.block_length
+        most = max(most, (request.canvas_end if beyond_block else window.blocks[-1].end) - request.final_prefix)
+    return most
 
 
 def power_of_two(size: int) -> int:
@@ -376,8 +374,9 @@ def to_device(device: torch.device, *arrays: np.ndarray, dtype: torch.dtype = to
 
 def pack(device: torch.device, *arrays: list[float] | np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     """The arrays end to end as one tensor on the device."""
-    if isinstance(arrays[0], list):  # a few numbers, for which numpy is slow
-        packed = torch.tensor([number for array in arrays for number in array], dtype=dtype)
+    if isinstance(arrays[0], list):
+        packed = np.array([number for array in arrays for number in array], _NUMPY[dtype])
     else:
-        packed = torch.from_numpy(np.concatenate(arrays, dtype=np.int64, casting="unsafe")).to(dtype)
-    return packed.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else packed
+        packed = np.concatenate(arrays, dtype=_NUMPY[dtype], casting="unsafe")
+    tensor = torch.from_numpy(packed)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

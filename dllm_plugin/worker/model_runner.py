@@ -51,6 +51,7 @@ class DiffusionModelRunner(AdapterMixin):
         self.model_memory_usage = 0
         self.kv_caches: list[torch.Tensor] = []
         self.num_forward_passes = 0
+        self.rows_at_once = 0  # rows whose logits are in memory together
         self.steps_unread = int(device.type == "cuda")
         config = self.model_config.hf_config
         self.state = CanvasStore(
@@ -116,20 +117,21 @@ class DiffusionModelRunner(AdapterMixin):
         """Hidden states ``[tokens, hidden_size]``."""
         layout = batch.layout
         input_ids = self.batches.input_ids(layout)
-        with override_forward_context(create_forward_context(layout.windows, self.vllm_config)):
+        with self.attending(layout.windows):
             return self.model(input_ids, layout.positions)
+
+    def attending(self, windows: WindowBatch) -> AbstractContextManager[None]:
+        """In it, attention layers find the windows."""
+        self.forward_context.attn_metadata = windows
+        return override_forward_context(self.forward_context)
 
     def choose(self, hidden_states: torch.Tensor, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Token of every row, and the confidence its position is ranked by: ``[rows]`` each."""
-        chunks = batch.split(self.rows_at_once(hidden_states))
+        chunks = batch.split(self.rows_at_once)
         parts = [self.rank(self.logits_of(hidden_states, rows), rows) for rows in chunks]
         if len(parts) == 1:
             return parts[0]
         return torch.cat([token for token, _ in parts]), torch.cat([ranking for _, ranking in parts])
-
-    def rows_at_once(self, hidden_states: torch.Tensor) -> int:
-        """Rows whose logits are in memory together."""
-        return max(1, LOGITS_CHUNK_BYTES // (self.model.num_embeddings * hidden_states.element_size()))
 
     def logits_of(self, hidden_states: torch.Tensor, batch: StepBatch) -> torch.Tensor:
         """Logits of every row; guided ones are moved away from the logits that do not see the prompt.
@@ -222,9 +224,8 @@ class DiffusionModelRunner(AdapterMixin):
         pipelined blocks whether EOS is taken.
         """
         state, layout = self.state, batch.layout
-        first = layout.first_cells + batch.final_prefix
-        tail = (first[:, None] + layout.offsets[: batch.max_emitted]).view(-1).clamp_(max=state.tokens.numel() - 1)
-        parts = [unmasked.remaining, unmasked.final_prefix, state.tokens.view(-1).index_select(0, tail)]
+        tail = (batch.first_open[:, None] + layout.offsets[: batch.max_emitted]).clamp_(max=state.tokens.numel() - 1)
+        parts = [unmasked.summary, state.tokens.view(-1).index_select(0, tail.view(-1))]
         if layout.needs.pipelined:
             parts.append(self.eos_is_taken(batch))
         return torch.cat(parts)
@@ -234,7 +235,7 @@ class DiffusionModelRunner(AdapterMixin):
         layout, state = batch.layout, self.state
         tokens, masked = state.tokens.view(-1)[layout.place_index], state.masked.view(-1)[layout.place_index]
         ends = (tokens == state.stop_at[layout.slots[layout.place_request]]) & ~masked
-        return torch.zeros_like(batch.final_prefix).index_add_(0, layout.place_request, ends.int())
+        return torch.zeros_like(batch.step).index_add_(0, layout.place_request, ends.int())
 
     # ---- what vLLM's workers ask of a model runner
 
@@ -247,6 +248,9 @@ class DiffusionModelRunner(AdapterMixin):
             if self.lora_config:
                 self.model = self.load_lora_model(self.model, self.vllm_config, self.device)
         self.model_memory_usage = memory.consumed_memory
+        # one for all steps: making it takes as long as choosing tokens does
+        self.forward_context = create_forward_context(None, self.vllm_config)
+        self.rows_at_once = max(1, LOGITS_CHUNK_BYTES // (self.model.num_embeddings * self.model_config.dtype.itemsize))
 
     def reload_weights(
         self,
@@ -295,9 +299,9 @@ class DiffusionModelRunner(AdapterMixin):
         )
         input_ids = torch.full((num_tokens,), self.state.mask_token_id, device=self.device)
         positions = torch.arange(num_tokens, device=self.device) % length
-        with override_forward_context(create_forward_context(WindowBatch(num_tokens, full), self.vllm_config)):
+        with self.attending(WindowBatch(num_tokens, full)):
             hidden_states = self.model(input_ids, positions)
-        most = self.rows_at_once(hidden_states)
+        most = self.rows_at_once
         logits, unconditional = (self.model.compute_logits(hidden_states[:most]) for _ in range(2))
         confidence(unconditional + (logits - unconditional), margin=True, entropy=True)
 

@@ -23,7 +23,7 @@ from dllm_plugin.kernels.gated_silu import gated_silu_triton
 from dllm_plugin.kernels.rms_norm import rms_norm_triton
 from dllm_plugin.kernels.rotary import rotate_triton
 from dllm_plugin.kernels.store_kv import split_kv_cache, store_kv_triton
-from dllm_plugin.kernels.unmask import Unmasked, unmask_triton
+from dllm_plugin.kernels.unmask import unmask_triton
 from dllm_plugin.kernels.window_attention import full_attention_triton, window_attention_triton
 
 
@@ -82,10 +82,9 @@ def unmask(policies: bool, integer: torch.dtype, skip_unmasked: bool) -> None:
     row = torch.zeros(4, dtype=torch.int64)
     one, real, long = int32(1), torch.ones(1), torch.ones(1, dtype=torch.int64)
     optional = (real, real, real, long, long) if policies else (None,) * 5
-    summary = int32(0, 0, 0)
     unmask_triton(
         tokens, masked, int32(0).to(integer), int32(0, 1) if policies else None, int32(0, 4), row, row, torch.rand(4),
-        one, *optional, one, skip_unmasked, Unmasked(summary, *summary.split(1)),
+        one, *optional, one, skip_unmasked,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dllm_plugin.kernels import philox, unmask
-from dllm_plugin.kernels.unmask import unmask_reference, unmask_triton
+from dllm_plugin.kernels.unmask import unmask_numpy, unmask_triton
 
 INT32 = torch.int32
 INFINITY, NAN = float("inf"), float("nan")
@@ -222,6 +222,15 @@ def test_final_prefix_and_first_eos(implementation, canvas):
     assert got.summary.shape == (9,) and got.summary.dtype == INT32
 
 
+def test_no_eos_is_looked_for_unless_asked(implementation):
+    batch = Batch(REQUESTS, eos=104)
+    asked = batch.run()[2]
+    batch.arguments["eos_token_id"] = None
+    got = batch.run()[2]
+    assert torch.equal(got.remaining, asked.remaining) and torch.equal(got.final_prefix, asked.final_prefix)
+    assert got.first_eos.numel() == 0 and got.summary.numel() == 3 + 2
+
+
 def test_an_early_eos_wins(implementation):
     batch = Batch([[([20], [0.5], 0, INFINITY, 0)]], canvas=1100, eos=7)
     batch.tokens[2, [2, 3, 21]] = 7
@@ -308,14 +317,12 @@ def test_kernel_agrees_with_reference(skip_unmasked, data):
     if skip_unmasked:
         batch.list_unmasked(others)
     results = []
-    for run in (unmask_reference, unmask_triton):
+    for run in (unmask_numpy, unmask_triton):
         tokens, masked = batch.tokens.clone(), batch.masked.clone()
         a = batch.arguments
-        summary = torch.full((segments + 2 * len(requests),), -9, dtype=INT32)
-        views = summary.split((segments, len(requests), len(requests)))
         names = ("slot", "request_start_loc", "segment_start_loc", "row_cell", "token", "confidence", "quota",
                  "threshold", "factor", "alg_temp", "seed", "step", "eos_token_id")  # fmt: skip
-        run(tokens, masked, *(a.get(name) for name in names), skip_unmasked, type(batch.run()[2])(summary, *views))
+        summary = run(tokens, masked, *(a.get(name) for name in names), skip_unmasked)
         results.append((tokens, masked, summary))
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
     want_tokens, want_masked, summary = batch.expected()
