@@ -702,3 +702,20 @@ def test_requests_of_all_kinds_look_ahead_together(wide):
     outputs, running = drive(wide, [unwatched(one) for one in cases])
     assert not any(difference(*pair) for pair in zip(cases, outputs, strict=True))
     assert len(running) < max(num_forwards(output) for output in outputs)
+
+
+def test_summaries_end_with_the_store(wide):
+    """A may grow by a few tokens and B by many; A lies last, and what B may grow by would end behind the store."""
+    store = model_runner(wide).state
+    drive(wide, [case(2, 8).request])
+    wide.llm_engine.step()  # the worker hears that it has ended
+    store._free.sort()
+    stride = store.tokens.shape[1]
+    cases = [case(4, stride - 20, "last"), case(60, 8, "long")]
+    steps = Steps(wide)
+    for one in cases:
+        steps.add(*unwatched(one))
+    steps.step()
+    (slot,) = (request.slot for name, request in store.requests.items() if name.startswith("A"))
+    assert slot == len(store.tokens) - 1 and store.tokens.shape[1] == stride
+    check(steps.drain(), *cases)

@@ -1,6 +1,7 @@
-"""Which implementation runs: the Triton kernel on CUDA tensors, the torch reference elsewhere.
+"""Which implementation runs: the Triton kernel on CUDA tensors, the reference elsewhere.
 
-`DLLM_PLUGIN_KERNELS=triton` or `=torch` overrides the choice for every operation. The choice is logged once for each
+`DLLM_PLUGIN_KERNELS=triton` or `=torch` overrides the choice for every operation; `torch` means the reference, which
+for `unmask` is NumPy. The choice is logged once for each
 device type. Without Triton the package still imports and the references run.
 """
 
@@ -36,7 +37,6 @@ __all__ = [
     "INTERPRETED",
     "contiguous",
     "device_generation",
-    "iota",
     "num_multiprocessors",
     "refuse_devices",
     "tl",
@@ -86,12 +86,6 @@ def num_multiprocessors(device: torch.device) -> int:
 def device_generation(device: torch.device) -> int:
     """Major compute capability: 8 for Ampere, 9 for Hopper, 10 for Blackwell. Interpreted kernels pass for Hopper's."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-
-
-@functools.lru_cache(maxsize=64)
-def iota(size: int, device: torch.device) -> torch.Tensor:
-    """`torch.arange(size)` int64, kept: to be read only. Steps ask for the same few sizes again and again."""
-    return torch.arange(size, device=device)
 
 
 def refuse_devices(**tensors: torch.Tensor | None) -> NoReturn:

@@ -158,11 +158,8 @@ class DiffusionScheduler(Scheduler):
             return steps
         seconds = self._step_seconds * max(1.0, num_tokens(windows) / self._step_tokens)
         num_steps = max(1, int(min(MOST_STEPS, MOST_SECONDS / seconds)))
-        ahead = []
-        for one in running:
-            ahead.append(one.plan.look_ahead(num_steps))
-            num_steps = min(num_steps, len(ahead[-1]))
-        return [dict(zip(windows, step, strict=True)) for step in zip(*ahead, strict=False)]
+        ahead = [one.plan.look_ahead(num_steps) for one in running]
+        return [dict(zip(windows, step, strict=True)) for step in zip(*ahead, strict=False)]  # as far as all are alike
 
     def _record_steps(self, request: Request, num_tokens: int | None = None) -> None:
         """Count the steps that ran; of a request that ended, only up to the one that brought its last token."""

@@ -84,7 +84,7 @@ def unmask(policies: bool, integer: torch.dtype, skip_unmasked: bool) -> None:
     optional = (real, real, real, long, long) if policies else (None,) * 5
     unmask_triton(
         tokens, masked, int32(0).to(integer), int32(0, 1) if policies else None, int32(0, 4), row, row, torch.rand(4),
-        one, *optional, one, skip_unmasked,
+        one, *optional, one if policies else None, skip_unmasked,
     )  # fmt: skip
 
 

@@ -142,6 +142,22 @@ RULES = [
 ]
 
 
+def test_the_limit_of_a_factor_is_fp32(implementation):
+    """A confidence equal to the rounded limit passes, and the next one below does not: numpy would divide in float64."""
+    factor, one = torch.tensor(0.3), torch.tensor(1.0)
+    ranks = torch.arange(1, 12, dtype=torch.float32)
+    limits = (one - factor / (ranks + 2)).tolist()
+    exact = [1 - factor.item() / (rank + 2) for rank in ranks.tolist()]
+    assert any(limit < more for limit, more in zip(limits, exact, strict=True)), "rounding makes no difference"
+    for i, limit in enumerate(limits):
+        below = torch.nextafter(torch.tensor(limit), -one).item()
+        for value, taken in ((limit, i + 2), (below, i + 1)):
+            columns = list(range(i + 2))
+            values = [1.0] * (i + 1) + [value]
+            _, masked, _ = Batch([[(columns, values, 0, INFINITY, factor.item())]]).run()
+            assert int((~masked[2, : i + 2]).sum()) == taken
+
+
 UNMASKED = {0: NAN, 2: 0.92, 5: INFINITY, 7: NAN, 8: 0.9, 11: -INFINITY, 19: 0.0, 21: INFINITY, 23: 0.99}
 
 
@@ -274,6 +290,7 @@ def strided(tensor):
     return torch.stack((tensor, torch.zeros_like(tensor)), -1)[..., 0]
 
 
+@pytest.mark.filterwarnings("error")
 def test_alg_temp_orders_by_noise(implementation):
     request = [(COLUMNS, VALUES, 3, INFINITY, 0), ([11, 12, 13], [0.1, 0.2, NAN], 2, INFINITY, 0)]
     Batch([request, request], alg_temp=[0.5, 0.0, 2.0, 1.0]).check()
