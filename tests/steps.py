@@ -75,13 +75,14 @@ class Steps:
 
     @contextmanager
     def _recorded(self) -> Iterator[None]:
-        """Notes which requests the scheduler gives to the worker."""
+        """Notes of which requests the scheduler gives the worker windows."""
         inside = scheduler(self.llm)
         schedule = inside.schedule
 
         def record(*args, **kwargs):
             output = schedule(*args, **kwargs)
-            self.ran.append("".join(sorted(req_id[0] for req_id in output.num_scheduled_tokens)))
+            windows = output.steps[0] if output.steps else {}
+            self.ran.append("".join(sorted(req_id[0] for req_id in windows)))
             return output
 
         inside.schedule = record

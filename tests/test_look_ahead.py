@@ -116,12 +116,13 @@ def test_who_arrives_joins_after_eight_steps_at_most(wide):
     check(steps, *cases)
 
 
-def test_who_waits_joins_when_one_has_ended(narrow, monkeypatch):
-    """A and B take the budget. Steps are looked ahead, since C is not admitted before A ends; and then it is at once."""
+def test_who_waits_joins_when_one_has_ended(monkeypatch):
+    """A and B take both seats. Steps are looked ahead, since C is not admitted before A ends; and then it is at once."""
     monkeypatch.setattr(scheduling, "MOST_SECONDS", math.inf)
+    llm = engine("llada", max_num_seqs=2)
     cases = [case(20, 10, "a"), case(22, 8, "b"), case(20, 10, "c")]
-    drive(narrow, [cases[0].request])
-    steps = Steps(narrow)
+    drive(llm, [cases[0].request])
+    steps = Steps(llm)
     for one in cases:
         steps.add(*unwatched(one))
     steps.drain()
@@ -129,16 +130,16 @@ def test_who_waits_joins_when_one_has_ended(narrow, monkeypatch):
     check(steps, *cases)
 
 
-def test_a_running_request_that_was_passed_over_has_the_next_step(narrow, monkeypatch):
-    """Three canvases fit the budget together and their continuations do not: nobody looks ahead past who waits."""
+def test_nobody_looks_ahead_past_who_waits_for_a_turn(narrow, monkeypatch):
+    """Three canvases fit the budget together and their continuations do not: each engine step is one denoising step."""
     monkeypatch.setattr(scheduling, "MOST_SECONDS", math.inf)
     cases = [case(24, 4, name, canvas=12, steps=12) for name in "abc"]
     steps = Steps(narrow)
     for one in cases:
         steps.add(*unwatched(one))
     steps.drain()
-    assert [ran for ran, _ in steps.table] == ["ABC", "AB", "C"]
-    assert steps.table[1] == ("AB", 12)
+    # two steps of eight and four, then 36 of 28 tokens of which the budget holds two at once
+    assert steps.ran == ["ABC"] * 2 + ["AB", "AC", "BC"] * 6
     check(steps, *cases)
 
 

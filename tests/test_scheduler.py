@@ -33,51 +33,51 @@ def narrow():
 
 
 def test_budget_holds_two_of_three(narrow):
-    """30 tokens each: two fit. C is admitted when A is done; a small D does not overtake it."""
-    cases = [case(20, 10, "a"), case(22, 8, "b"), case(20, 10, "c"), case(3, 1, "d")]
+    """30 tokens each: two fit, and the three take turns; D fits the gap."""
+    cases = [case(4, 26, "a"), case(4, 26, "b"), case(4, 26, "c"), case(2, 2, "d")]
     steps = Steps(narrow)
     for one in cases:
         steps.add(one)
     steps.drain()
-    assert steps.table == [("AB", 20), ("BCD", 2), ("CD", 1), ("C", 17)]
+    assert " ".join(steps.ran) == "ABD ACD BC AB AC BC"
     check(steps, *cases)
     nothing_is_left(narrow)
 
 
 def test_running_requests_that_outgrow_the_budget(narrow):
-    """Three first canvases fit the budget together, two second ones do not: the latest wait, and none starves."""
-    cases = [case(24, 4, name, canvas=12, steps=6) for name in "abc"]
+    """Three first canvases fit the budget together, two second ones do not: the three take turns."""
+    cases = [case(24, 4, name, canvas=12, steps=3) for name in "abc"]
     steps = Steps(narrow)
     for one in cases:
         steps.add(one)
     steps.drain()
     # 3 x 16 tokens, then 3 x 28
-    assert steps.table == [("ABC", 6), ("AB", 6), ("C", 6)]
+    assert " ".join(steps.ran) == "ABC ABC ABC AB AC BC AB C"
     check(steps, *cases)
     nothing_is_left(narrow)
 
 
-def test_nobody_overtakes_a_running_request(narrow):
-    """B's second canvas does not fit beside A's; C would, but came after B and waits with it."""
-    cases = [case(44, 4, "a", canvas=22, steps=11), case(20, 8, "b", canvas=10, steps=10), case(15, 1, "c")]
+def test_a_canvas_that_grows_takes_turns_too(narrow):
+    """B's second canvas does not fit beside A's; C goes with either of them."""
+    cases = [case(44, 4, "a", canvas=22, steps=4), case(20, 8, "b", canvas=10, steps=4), case(7, 1, "c")]
     steps = Steps(narrow)
     for one in cases:
         steps.add(one)
     steps.drain()
-    # windows of 26, 18, 16 tokens; then 26, 28, 16; then 48, 28, 16
-    assert steps.table == [("ABC", 10), ("AB", 1), ("A", 11), ("BC", 5), ("B", 4)]
+    # windows of 26, 18, 8 tokens; then 48, 28, 8
+    assert " ".join(steps.ran) == "ABC ABC ABC ABC AC BC AC B A B A B"
     check(steps, *cases)
     nothing_is_left(narrow)
 
 
 def test_guidance_counts_twice_and_may_run_alone(narrow):
-    """A's windows are 2 x 40 tokens, more than the budget: it runs alone. B's are 2 x 20 and leave room for C."""
-    cases = [case(10, 30, "a", cfg=1.0, steps=5), case(6, 14, "b", cfg=0.5), case(6, 10, "c"), case(6, 10, "d")]
+    """A's windows are 2 x 40 tokens, more than the budget: it runs alone. B's are 2 x 20 and leave room for C or D."""
+    cases = [case(10, 30, "a", cfg=1.0, steps=3), case(6, 14, "b", cfg=0.5, steps=3), *(case(3, 13, c) for c in "cd")]
     steps = Steps(narrow)
     for one in cases:
         steps.add(one)
     steps.drain()
-    assert steps.table == [("A", 5), ("BC", 6), ("D", 6)]
+    assert " ".join(steps.ran) == "A BC BD A CD BC A D"
     check(steps, *cases)
 
 
@@ -88,26 +88,43 @@ def test_cached_windows_count_what_they_forward(narrow):
         extra_args={"diffusion_cache": "dual", "diffusion_block_length": 8},
     )  # fmt: skip
     requests = [(random_prompt(16, name), params) for name in "abcdef"]
-    together, running = drive(narrow, requests)
-    assert running[:4] == [2, 4, 5, 6]
+    steps = Steps(narrow)
+    for request in requests:
+        steps.add(*request)
+    steps.drain()
+    assert " ".join(steps.ran[:4]) == "AB ABCD CDEF ABCDEF"
     alone = [drive(narrow, [request])[0][0] for request in requests]
-    assert [one.outputs[0].token_ids for one in together] == [one.outputs[0].token_ids for one in alone]
+    assert [steps.emitted[name] for name in "ABCDEF"] == [list(one.outputs[0].token_ids) for one in alone]
 
 
-def test_a_late_request_waits_behind_earlier_ones(narrow):
-    cases = [case(30, 10, "a"), case(20, 10, "b"), case(2, 10, "c")]
+def test_a_heavy_request_and_late_short_ones_alternate(narrow):
+    """A fills the budget. B and C, which came later, take every other step."""
+    cases = [case(20, 44, "a"), case(2, 10, "b"), case(3, 10, "c")]
     steps = Steps(narrow)
     steps.add(cases[0])
-    for _ in range(5):
+    for _ in range(3):
         steps.step()
     steps.add(cases[1])
-    for _ in range(5):
-        steps.step()
     steps.add(cases[2])
     steps.drain()
-    # A and B are 70 tokens together; C would fit beside A, but came after B
-    assert steps.table == [("A", 30), ("BC", 2), ("B", 18)]
+    assert " ".join(steps.ran) == "A A A A BC A BC A C A A A A A A A A A A A A A A"
     check(steps, *cases)
+    nothing_is_left(narrow)
+
+
+def test_a_request_that_leaves_while_it_waits_for_its_turn(narrow):
+    cases = [case(10, 44, "a"), case(6, 50, "b"), case(3, 10, "c")]
+    steps = Steps(narrow)
+    for one in cases:
+        steps.add(one)
+    for _ in range(2):
+        steps.step()
+    steps.abort("B")
+    steps.drain()
+    assert " ".join(steps.ran) == "A B C A C A C A A A A A A A"
+    assert sorted(steps.finished) == ["A", "C"]
+    assert not difference(cases[0], steps.finished["A"]) and not difference(cases[2], steps.finished["C"])
+    nothing_is_left(narrow)
 
 
 # ---- number of sequences
@@ -272,14 +289,14 @@ def test_priorities():
 
 
 def test_priorities_within_the_token_budget():
-    """The one that matters most is admitted first, though it came last and the budget holds one."""
+    """The budget holds one of the three: C, the most urgent, has as many turns as A and B together."""
     llm = engine("llada", max_model_len=64, max_num_batched_tokens=64, scheduling_policy="priority")
-    cases = [case(5, 40, name) for name in "abc"]
+    cases = [case(4, 40, "a"), case(4, 40, "b"), case(8, 40, "c")]
     steps = Steps(llm)
-    for one, priority in zip(cases, (1, 1, 0), strict=True):
+    for one, priority in zip(cases, (7, 7, -3), strict=True):
         steps.add(one, priority=priority)
     steps.drain()
-    assert steps.table == [("C", 5), ("A", 5), ("B", 5)]
+    assert " ".join(steps.ran) == "C C A B C C A B C C A B C C A B"
     check(steps, *cases)
 
 

@@ -1,5 +1,6 @@
 """What the scheduler and the workers tell each other beyond vLLM's own messages. They travel by pickle."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from vllm.lora.request import LoRARequest
@@ -59,3 +60,11 @@ class DiffusionModelRunnerOutput(ModelRunnerOutput):
     num_emitted: dict[str, list[int]] = field(default_factory=dict)
     num_masked: dict[str, list[list[int]]] = field(default_factory=dict)
     eos_is_taken: set[str] = field(default_factory=set)
+
+    def add_idle(self, request_ids: Iterable[str]) -> None:
+        """Give those of the requests that had no window an output without tokens."""
+        for request_id in request_ids:
+            if request_id not in self.req_id_to_index:
+                self.req_id_to_index[request_id] = len(self.req_ids)
+                self.req_ids.append(request_id)
+                self.sampled_token_ids.append([])

@@ -1,7 +1,9 @@
 """The vLLM scheduler, with denoising windows instead of tokens to compute."""
 
+import copy
 import math
 import random
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass, replace
@@ -12,6 +14,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
@@ -23,10 +26,12 @@ from dllm_plugin.engine_config import engine_defaults, most_tokens_of_a_step
 from dllm_plugin.families import family_of
 from dllm_plugin.params import HOLE, DiffusionParams, parse_request
 from dllm_plugin.scheduler.output import Canvas, DiffusionModelRunnerOutput, DiffusionSchedulerOutput
+from dllm_plugin.scheduler.turns import Turns
 from dllm_plugin.scheduler.window import Plan, Window, make_plan
 
 # Steps that run between two calls of the scheduler, and how long a request that arrives may have to wait for them.
 MOST_STEPS, MOST_SECONDS = 8, 0.25
+LONGEST_STRIDE = 16  # rounds in which the least urgent request takes part at least once
 
 logger = init_logger("vllm." + __name__)
 
@@ -44,9 +49,9 @@ class Denoising:
 class DiffusionScheduler(Scheduler):
     """Drives every request's plan; queues, memory, stops, preemption and LoRA accounting stay vLLM's.
 
-    - A scheduled request runs its plan's next window. vLLM itself counts only the tokens that are final.
-    - A request is admitted when its whole canvas fits the KV cache and its window fits the step's token budget.
-    - First come, first served: where the budget cannot hold every running request, the latest wait for a later step.
+    - A request is admitted when its whole canvas fits the KV cache, first come, first served.
+    - Where the budget of a step cannot hold the windows of all running requests, they take turns (`Turns`). vLLM schedules
+      all of them in every step, one token each in its own count; who has no turn has no window and no token.
     - A window is never chunked, since its queries see each other; one larger than the budget runs alone.
     - Where nobody watches, up to eight steps over the same positions run one after the other before the next call.
     """
@@ -57,7 +62,11 @@ class DiffusionScheduler(Scheduler):
         self.shift = int(family_of(self.vllm_config.model_config.architecture).shifted)
         self.denoising: dict[str, Denoising] = {}
         self._draw_seed = random.Random(self.vllm_config.model_config.seed).getrandbits
-        self._num_sharing = self._tokens_left = 0  # of the step being scheduled
+        self._turns = Turns(self.max_num_scheduled_tokens)
+        # windows are counted by us; vLLM's count of prompts would keep a long one from being admitted beside others
+        self.max_num_scheduled_tokens = sys.maxsize
+        self.scheduler_config = copy.copy(self.scheduler_config)
+        self.scheduler_config.max_num_batched_tokens = sys.maxsize
         self._scheduled_at, self._step_seconds, self._step_tokens = 0.0, math.inf, 1  # of the last steps
         # of each request, steps to be recorded: masks before, tokens emitted
         self._steps_run: dict[str, list[tuple[int, int]]] = {}
@@ -84,11 +93,12 @@ class DiffusionScheduler(Scheduler):
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        self._share_token_budget()
+        for request in self.running:
+            request.num_computed_tokens = request.num_tokens - 1  # one token in vLLM's count
         output = super().schedule(throttle_prefills)
         # the worker has no canvas of these: they are new, or were preempted
         begun = {data.req_id for data in output.scheduled_new_reqs} | output.scheduled_cached_reqs.resumed_req_ids
-        canvases, windows = {}, {}
+        canvases = {}
         for req_id in output.num_scheduled_tokens:
             plan = self.denoising[req_id].plan
             if plan.canvas_is_full:
@@ -97,7 +107,7 @@ class DiffusionScheduler(Scheduler):
             elif req_id in begun:
                 plan.restart_canvas()
                 canvases[req_id] = self._canvas(self.requests[req_id])
-            windows[req_id] = plan.window
+        windows = {req_id: self.denoising[req_id].plan.window for req_id in self._take_turns(output)}
         steps = self._look_ahead(windows)
         self._scheduled_at = time.monotonic()
         return DiffusionSchedulerOutput(**vars(output), canvases=canvases, steps=steps)
@@ -127,6 +137,7 @@ class DiffusionScheduler(Scheduler):
                 ]
                 if not any(num_emitted):  # vLLM has nothing to update the request with
                     self._record_steps(self.requests[req_id])
+            model_runner_output.add_idle(scheduler_output.num_scheduled_tokens)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _update_request_with_output(
@@ -212,51 +223,34 @@ class DiffusionScheduler(Scheduler):
         tokenizer = cached_tokenizer_from_config(self.vllm_config.model_config)
         return tokenizer.encode(params.suffix, add_special_tokens=False)
 
-    def _share_token_budget(self) -> None:
-        """Pass over the latest running requests where their windows do not fit the step's budget together.
+    def _take_turns(self, output: SchedulerOutput) -> list[str]:
+        """Those of the scheduled requests whose windows the step forwards."""
+        costs = {req_id: self._window_tokens(req_id) for req_id in output.num_scheduled_tokens}
+        strides = None
+        if self.policy == SchedulingPolicy.PRIORITY:
+            priorities = {req_id: self.requests[req_id].priority for req_id in costs}
+            # vLLM's priorities are any integers, the lowest the most urgent: each next one has half the turns
+            stride_of = {
+                priority: min(2**rank, LONGEST_STRIDE) for rank, priority in enumerate(sorted({*priorities.values()}))
+            }
+            strides = {req_id: stride_of[priority] for req_id, priority in priorities.items()}
+        return self._turns.take(costs, strides)
 
-        What is left of the budget is for requests that wait; `_allocate_canvas` holds them to it.
-        """
-        self._num_sharing, self._tokens_left = 0, self.max_num_scheduled_tokens
-        for request in self.running:
-            request.num_computed_tokens = request.num_tokens - 1  # one token in vLLM's count: ours counts windows
-            cost = self._window_tokens(request)
-            if cost <= self._tokens_left or self._num_sharing == 0:
-                self._num_sharing += 1
-            else:
-                # schedule() counts current_step up before it compares: this call alone passes the request over
-                request.next_decode_eligible_step = self.current_step + 2
-            self._tokens_left -= cost
-
-    def _window_tokens(self, request: Request) -> int:
+    def _window_tokens(self, req_id: str) -> int:
         """Tokens the request's next window forwards; guidance forwards a second, unconditional copy."""
-        plan = self.denoising[request.request_id].plan
-        # a preempted request begins its canvas again
-        fresh = plan.window is None or request.status != RequestStatus.RUNNING
-        num_tokens = plan.next_length if fresh else plan.window.end - plan.window.start
-        return num_tokens * (2 if plan.params.cfg_scale > 0 else 1)
+        plan = self.denoising[req_id].plan
+        return (plan.window.end - plan.window.start) * (2 if plan.params.cfg_scale > 0 else 1)
 
     def _allocate_canvas(
         self, request: Request, num_new_tokens: int, num_new_computed_tokens: int = 0, *args: Any, **kwargs: Any
     ) -> KVCacheBlocks | None:
-        """vLLM's ``allocate_slots``, reserving the whole canvas so that its later windows always have their pages.
-
-        None, for which vLLM admits no request in this step any more, also where the window exceeds the token budget.
-        """
+        """vLLM's ``allocate_slots``, reserving the whole canvas so that its later windows always have their pages."""
         plan = self.denoising[request.request_id].plan
-        joins = request.status != RequestStatus.RUNNING
-        if not joins and not plan.canvas_is_full:
+        if request.status == RequestStatus.RUNNING and not plan.canvas_is_full:
             return self.kv_cache_manager.empty_kv_cache_blocks  # reserved with the canvas
-        cost = self._window_tokens(request)
-        if joins and cost > self._tokens_left and self._num_sharing > 0:
-            return None
         known = request.num_computed_tokens + num_new_computed_tokens + num_new_tokens
         kwargs["num_lookahead_tokens"] = max(0, plan.next_length - known)
-        blocks = self._allocate_slots(request, num_new_tokens, num_new_computed_tokens, *args, **kwargs)
-        if joins and blocks is not None:
-            self._num_sharing += 1
-            self._tokens_left -= cost
-        return blocks
+        return self._allocate_slots(request, num_new_tokens, num_new_computed_tokens, *args, **kwargs)
 
     def _canvas(self, request: Request) -> Canvas:
         denoising, sampling = self.denoising[request.request_id], request.sampling_params

@@ -76,7 +76,7 @@ class Progress:
     def output(self) -> DiffusionModelRunnerOutput:
         request_ids = self.layout.request_ids
         return DiffusionModelRunnerOutput(
-            req_ids=request_ids,
+            req_ids=list(request_ids),  # not the layout's own: the scheduler adds to it
             req_id_to_index={request_id: i for i, request_id in enumerate(request_ids)},
             sampled_token_ids=self.tokens,
             num_emitted=dict(zip(request_ids, self.num_emitted, strict=True)),
