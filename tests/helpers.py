@@ -158,7 +158,7 @@ _DEFAULT_SEED = 1234
 
 @dataclass(frozen=True)
 class Noise:
-    """The numbers the engine draws for a seed, as the reference asks for them: by response position and pass."""
+    """The numbers the engine draws for a seed, as the reference asks for them: by response position and step."""
 
     seed: int
     prompt_length: int
@@ -173,9 +173,12 @@ class Noise:
     def position_gumbel(self, forward: int, at: Tensor) -> Tensor:
         return philox.gumbel(*self._key(forward, at), stream=philox.ORDER).double()
 
-    def origin_uniforms(self, forward: int, at: Tensor) -> Tensor:
-        """The engine unmasks where its number is above 1 - p, the reference where it is below p."""
-        return 1 - self.uniforms(forward, at)
+    def origin_uniforms(self, forward: int, at: Tensor, time: Tensor) -> Tensor:
+        """The engine draws one number u for all steps, and unmasks in the step whose time passes it.
+
+        Of a position that is still masked at time t, u is uniform below t, so that 1 - u / t is the step's own number.
+        """
+        return 1 - self.uniforms(0, at).double() / time.double()
 
     def _key(self, forward: int, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return torch.full_like(at, self.seed), at + self.prompt_length, torch.full_like(at, forward)

@@ -222,14 +222,14 @@ def test_guidance_pushes_away_from_the_unprompted_logits():
 def test_dream_spends_its_first_pass_without_a_commit(alg):
     model = Table(sure_of(0, 0.5), sure_of(1, 0.9), sure_of(2, 0.7), sure_of(0, 0.6))
     generation = dream.generate(model, PROMPT, 4, 4, alg=alg)
-    assert positions(generation) == [[], [1], [2], [0, 3]]
-    assert generation.num_forwards == 4
+    assert positions(generation) == [[1], [2], [0, 3]]
+    assert (generation.num_steps, generation.num_forwards) == (4, 3)
 
 
 def test_each_block_of_dream_runs_its_own_schedule():
     model = Table(sure_of(0, 0.5), sure_of(1, 0.9), sure_of(2, 0.7), sure_of(0, 0.6))
     generation = dream.generate(model, PROMPT, 4, 4, 2, alg="maskgit_plus")
-    assert positions(generation) == [[], [0, 1], [], [2, 3]]
+    assert positions(generation) == [[0, 1], [2, 3]] and generation.num_steps == 4
 
 
 ORDERS = {
@@ -314,12 +314,12 @@ def test_origin_commits_each_position_whose_number_is_below_the_share():
     model = Table(*[sure_of(0, 0.5)] * 4)
     numbers = {0: [0.9, 0.1, 0.24, 0.26], 1: [0.2, 0.9, 0.5], 2: [0.7, 0.9], 3: [0.99, 0.999]}
 
-    def uniforms(forward: int, at: Tensor) -> Tensor:
+    def uniforms(forward: int, at: Tensor, time: Tensor) -> Tensor:
         return torch.tensor(numbers[forward][: len(at)])
 
     # shares 1/4, 1/3, 1/2 (all but eps) and 1
     generation = dream.generate(model, PROMPT, 4, 4, alg="origin", uniforms=uniforms, eps=1e-6)
-    assert positions(generation) == [[1, 2], [0], [], [3]]
+    assert positions(generation) == [[1, 2], [0], [3]] and generation.num_steps == 4
 
 
 def test_alg_temp_adds_noise_to_the_scaled_confidence():

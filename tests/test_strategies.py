@@ -391,7 +391,8 @@ def test_a_cap_that_ends_a_request_is_its_stop_reason(family: str):
     (output,) = engine(family).generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
     completion = output.outputs[0]
     first = fast_dllm.generate(reference(family), prompt, 6, 6, remasking=policy)
-    second = fast_dllm.generate(reference(family), prompt + first.tokens, 6, 6, remasking=policy, max_steps=3)
+    left = 9 - first.num_forwards
+    second = fast_dllm.generate(reference(family), prompt + first.tokens, 6, 6, remasking=policy, max_steps=left)
     assert list(completion.token_ids) == first.tokens + second.tokens
     assert num_forwards(output) == 9
     assert (completion.finish_reason, completion.stop_reason) == ("length", "diffusion_max_steps")

@@ -21,6 +21,11 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
+def signed_64_bits(seed: int) -> int:
+    """Any integer seed as the int64 with the same low 64 bits."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
 def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
     """Philox 4x32-10 of `counter` [4, ...] under `key` [2, ...] of the same rank: [4, ...] int64 words in [0, 2**32)."""
     constants = torch.tensor((_MULTIPLIERS, _WEYL), device=counter.device).view(2, 2, *(1,) * (counter.dim() - 1))

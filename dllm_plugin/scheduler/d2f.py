@@ -64,7 +64,8 @@ class D2FPlan(Plan):
         room = not params.d2f_max_blocks or len(self._open) - first < params.d2f_max_blocks
         return room and self._open[-1].progress >= params.d2f_add_threshold
 
-    def _record(self, num_masked: Sequence[int], eos_is_taken: bool, num_steps: int) -> None:
+    def _record(self, num_masked: Sequence[int], eos_is_taken: bool, num_passes: int) -> None:
+        self.step += num_passes
         if self.steps_are_spent:
             self._open, self._next_start = [], self.canvas_end
             return

@@ -18,7 +18,7 @@ class Canvas:
     ``token_ids``: prompt and everything final before this canvas. ``canvas_ids``: -1 for a mask, otherwise a pinned
     token. ``suffix_ids``: what stands behind. ``num_emitted``: tokens of this canvas that were emitted before a
     preemption made it begin again. ``eos_token_id``: the EOS that ends the response, -1 if none does; ``ends_at``: all
-    tokens that do. ``seed``: the same on every rank.
+    tokens that do. ``seed``: signed 64 bits, the same on every rank.
     """
 
     token_ids: list[int]

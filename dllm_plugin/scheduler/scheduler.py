@@ -24,6 +24,7 @@ from vllm.v1.request import Request, RequestStatus
 from dllm_plugin.compat import end_with_error
 from dllm_plugin.engine_config import engine_defaults, most_tokens_of_a_step
 from dllm_plugin.families import family_of
+from dllm_plugin.kernels import philox
 from dllm_plugin.params import HOLE, DiffusionParams, parse_request
 from dllm_plugin.scheduler.output import Canvas, DiffusionModelRunnerOutput, DiffusionSchedulerOutput
 from dllm_plugin.scheduler.turns import Turns
@@ -206,10 +207,11 @@ class DiffusionScheduler(Scheduler):
             )
         sampling = request.sampling_params
         watched = sampling.output_kind != RequestOutputKind.FINAL_ONLY or sampling.stop or sampling.repetition_detection
+        seed = self._draw_seed(63) if sampling.seed is None else philox.signed_64_bits(sampling.seed)
         return Denoising(
-            plan=make_plan(params, num_prompt, limit, self.shift, len(suffix_ids)),
+            plan=make_plan(params, num_prompt, limit, self.shift, len(suffix_ids), seed),
             suffix_ids=suffix_ids,
-            seed=self._draw_seed(63) if sampling.seed is None else sampling.seed,
+            seed=seed,
             unwatched=not watched,
         )
 

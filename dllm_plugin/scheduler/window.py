@@ -7,9 +7,9 @@ picks the next window, and nothing more. Positions count from the start of the s
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -77,14 +77,20 @@ def even_quota(num_masked_at_start: int, step: int, num_steps: int) -> int:
 
 
 @lru_cache(maxsize=32)
-def _dream_rates(num_steps: int, eps: float) -> Sequence[np.float32]:
-    """``1 - s / t`` of every step, as Dream's generation_utils.py computes it: float32 over torch.linspace.
+def _dream_times(num_steps: int, eps: float) -> np.ndarray:
+    """float32 ``[num_steps + 1]``, from 1 down to ``eps``: what Dream's generation_utils.py makes with torch.linspace.
 
     torch is imported here because no other linspace rounds the same way, and the truncation in `dream_quota` sees it.
     """
     import torch
 
-    time = torch.linspace(1, eps, num_steps + 1).numpy()
+    return torch.linspace(1, eps, num_steps + 1).numpy()
+
+
+@lru_cache(maxsize=32)
+def _dream_rates(num_steps: int, eps: float) -> np.ndarray:
+    """``1 - s / t`` of every step, in float32 as Dream computes it."""
+    time = _dream_times(num_steps, eps)
     return np.float32(1) - time[1:] / time[:-1]
 
 
@@ -95,9 +101,28 @@ def dream_quota(num_masked: int, step: int, num_steps: int, eps: float) -> int:
     return int(np.float32(num_masked) * _dream_rates(num_steps, eps)[step])
 
 
-def dream_transfer_probability(step: int, num_steps: int, eps: float) -> float:
-    """Probability that Dream's ``origin`` policy unmasks a position in a step."""
-    return 1.0 if step >= num_steps - 1 else float(_dream_rates(num_steps, eps)[step])
+def next_dream_step(num_masked: int, step: int, num_steps: int, eps: float) -> int:
+    """The first step from ``step`` on whose `dream_quota` is not zero."""
+    some = np.float32(num_masked) * _dream_rates(num_steps, eps)[step : num_steps - 1] >= 1
+    return step + int(some.argmax()) if some.any() else max(step, num_steps - 1)
+
+
+def origin_quota(draws: np.ndarray, step: int, num_steps: int, eps: float) -> int:
+    """Positions that Dream's ``origin`` unmasks in a step, of the masked ones whose numbers are ``draws``, ascending.
+
+    Published, each masked position is unmasked in a step from time t to s with probability 1 - s / t, so that it is still
+    masked at time s with probability s. Here every position draws one number in (0, 1) for all steps, and is unmasked in the
+    first that ends below it, which is the same distribution (Dream's generation_utils.py, ``alg == 'origin'``).
+    """
+    if step >= num_steps - 1:
+        return len(draws)
+    return len(draws) - int(np.searchsorted(draws, _dream_times(num_steps, eps)[step + 1], side="right"))
+
+
+def next_origin_step(draws: np.ndarray, step: int, num_steps: int, eps: float) -> int:
+    """The first step from ``step`` on whose `origin_quota` is not zero."""
+    ends_below = int(np.searchsorted(-_dream_times(num_steps, eps), -draws[-1], side="right"))
+    return max(step, min(ends_below - 1, num_steps - 1))
 
 
 class Plan(ABC):
@@ -106,18 +131,28 @@ class Plan(ABC):
     ``limit`` is the length prompt and response may reach, ``num_suffix`` what stands behind the canvas. When a canvas
     is full and the request goes on, `start_canvas` lays out the next one. ``shift``: 1 for a family whose logits at i
     predict token i + 1; a window then begins one position early, so that its first position has its own logits.
+    ``seed``: the request's, signed 64 bits.
+
+    ``step`` counts the steps of the schedule, ``num_passes`` the forward passes: a step that unmasks nothing has none.
     """
 
     def __init__(
-        self, params: DiffusionParams, prompt_length: int, limit: int, shift: int = 0, num_suffix: int = 0
+        self,
+        params: DiffusionParams,
+        prompt_length: int,
+        limit: int,
+        shift: int = 0,
+        num_suffix: int = 0,
+        seed: int = 0,
     ) -> None:
         self.params = params
         self.limit = limit
         self.shift = shift
         self.num_suffix = num_suffix
+        self.seed = seed
         self.prompt_length = prompt_length
         self.canvas_start = self.canvas_end = prompt_length
-        self.step = 0
+        self.step = self.num_passes = 0
         self.window: Window | None = None
 
     @property
@@ -142,19 +177,19 @@ class Plan(ABC):
     def is_over(self) -> bool:
         """True where no further canvas may begin: no room is left, a template is filled, the steps are spent."""
         ended = self.canvas_end == self.limit or bool(self.params.template) or self.steps_are_spent
-        return self.canvas_is_full and self.step > 0 and ended
+        return self.canvas_is_full and self.num_passes > 0 and ended
 
     def start_canvas(self) -> None:
         """Lay out a canvas of masks after everything that is final."""
         length = self.next_canvas_length
         self.canvas_start, self.canvas_end = self.canvas_end, self.canvas_end + length
-        self._first_step = self.step
+        self._counts_at_start = self.step, self.num_passes
         self._begin_canvas()
         self.window = self._next_window()
 
     def restart_canvas(self) -> None:
         """Go back to the canvas as it was laid out: the same steps give the same tokens again (after preemption)."""
-        self.step = self._first_step
+        self.step, self.num_passes = self._counts_at_start
         self._begin_canvas()
         self.window = self._next_window()
 
@@ -165,22 +200,22 @@ class Plan(ABC):
         """
         return [self.window]
 
-    def advance(self, num_masked: Sequence[int], eos_is_taken: bool = False, num_steps: int = 1) -> None:
-        """Record steps: positions that the last left masked in each of the active blocks, in their order.
+    def advance(self, num_masked: Sequence[int], eos_is_taken: bool = False, num_passes: int = 1) -> None:
+        """Record forward passes: positions that the last left masked in each of the active blocks, in their order.
 
-        Several steps are some of what `look_ahead` gave, none but the last of which filled a block.
+        Several passes are some of what `look_ahead` gave, none but the last of which filled a block.
         """
-        self.step += num_steps
-        self._record(num_masked, eos_is_taken, num_steps)
+        self.num_passes += num_passes
+        self._record(num_masked, eos_is_taken, num_passes)
         self.window = self._next_window()
 
     @property
     def steps_are_spent(self) -> bool:
-        return self.params.max_steps is not None and self.step >= self.params.max_steps
+        return self.params.max_steps is not None and self.num_passes >= self.params.max_steps
 
     def _take_all_if_last(self, window: Window) -> Window:
         """The window itself, or where it is the last step of the request, one that unmasks all that is left."""
-        if self.params.max_steps is None or self.step < self.params.max_steps - 1:
+        if self.params.max_steps is None or self.num_passes < self.params.max_steps - 1:
             return window
         masked = self._num_masked_in_canvas()
         start = self.canvas_start
@@ -204,7 +239,8 @@ class Plan(ABC):
         """The next step's window; None when the canvas is full."""
 
     @abstractmethod
-    def _record(self, num_masked: Sequence[int], eos_is_taken: bool, num_steps: int) -> None: ...
+    def _record(self, num_masked: Sequence[int], eos_is_taken: bool, num_passes: int) -> None:
+        """What `advance` was told; counts ``step`` on."""
 
     @abstractmethod
     def _num_masked_in_canvas(self) -> int: ...
@@ -236,69 +272,111 @@ class BlockwisePlan(Plan):
         self._block = block
         self._block_step = 0
         self._num_masked = self._masks[block] if block < len(self._blocks) else 0
+        if self.params.remasking == "origin" and self._num_masked:
+            self._draws = self._draw_numbers(*self._blocks[block])
 
-    def _record(self, num_masked: Sequence[int], eos_is_taken: bool, num_steps: int) -> None:
-        self._block_step += num_steps
+    def _draw_numbers(self, start: int, end: int) -> np.ndarray:
+        """The numbers of the masked positions of a block, ascending: those that the worker ranks them by."""
+        import torch
+
+        from dllm_plugin.kernels import philox
+
+        template, begin = self.params.template, self.canvas_start
+        position = torch.tensor([i for i in range(start, end) if not template or template[i - begin] == HOLE])
+        zero = torch.zeros_like(position)
+        return np.sort(philox.uniform(zero + self.seed, position, zero, stream=philox.UNIFORM).numpy())
+
+    def _record(self, num_masked: Sequence[int], eos_is_taken: bool, num_passes: int) -> None:
+        *_, (last, _, _) = islice(self._passes(), num_passes)
+        self.step += last + 1 - self._block_step
+        self._block_step = last + 1
         self._num_masked = num_masked[0]
         if self.steps_are_spent:
             self._block = len(self._blocks)
         elif self._num_masked == 0:
             self._begin_block(self._block + 1)
 
+    def _passes(self) -> Iterator[tuple[int, int, int]]:
+        """The forward passes of the active block from now on: step in the block, masks before it, quota.
+
+        They presume that each unmasks its quota and no more. A step of a schedule that unmasks nothing is passed over: it
+        would change nothing, and its noise is its own.
+        """
+        step, num_masked = self._block_step, self._num_masked
+        while num_masked:
+            step = self._next_step(step, num_masked)
+            quota = self._quota(step, num_masked)
+            yield step, num_masked, quota
+            step, num_masked = step + 1, num_masked - quota
+
     def look_ahead(self, most: int) -> list[Window]:
-        windows = [self.window]
         if self.params.max_steps is not None:
-            return windows
-        while len(windows) < most and self._covers_all(len(windows)) == self._covers_all(0):
-            (block,) = windows[-1].blocks
-            if block.quota >= block.num_masked:
+            return [self.window]
+        windows, since = [], self._block_step
+        for step, num_masked, quota in islice(self._passes(), most):
+            window = self._window(since, step, num_masked, quota)
+            if windows and (window.start, window.end) != (self.window.start, self.window.end):
                 break
-            windows.append(self._window(len(windows), block.num_masked - block.quota))
+            windows.append(window)
+            since = step + 1
         return windows
 
     def _next_window(self) -> Window | None:
         if self._block == len(self._blocks):
             return None
-        window = self._window(0, self._num_masked)
+        window = self._window(self._block_step, *next(self._passes()))
         return window if self.params.max_steps is None else self._take_all_if_last(window)
 
-    def _window(self, steps_ahead: int, num_masked: int) -> Window:
-        """The active block's, so many steps from now, with so many masks before it."""
+    def _window(self, since: int, step: int, num_masked: int, quota: int) -> Window:
+        """That of the active block in a step of it; ``since``: the step after the forward pass before."""
         params, (start, end) = self.params, self._blocks[self._block]
-        block = ActiveBlock(start, end, num_masked, *self._pace(self._block_step + steps_ahead, num_masked))
+        threshold = math.inf if params.threshold is None else params.threshold
+        block = ActiveBlock(start, end, num_masked, quota, threshold, params.factor or 0.0)
         length = self.canvas_end + self.num_suffix
-        if self._covers_all(steps_ahead):
+        if self._refreshes(since, step):
             first, last = 0, length
         else:
             first, last = start - self.shift, length if params.cache == "prefix" else end
-        return Window(first, last, length, self.step + steps_ahead, (block,), params.cache != "none")
+        step_of_request = self.step + step - self._block_step
+        return Window(first, last, length, step_of_request, (block,), params.cache != "none")
 
-    def _covers_all(self, steps_ahead: int) -> bool:
-        """Whether the window forwards everything, so many steps from now in the active block."""
-        step, refresh = self._block_step + steps_ahead, self.params.cache_refresh
-        return self.params.cache == "none" or (step % refresh == 0 if refresh else step == 0)
+    def _refreshes(self, since: int, step: int) -> bool:
+        """Whether the step, or one from ``since`` on that was passed over, forwards everything.
 
-    def _pace(self, step: int, num_masked: int) -> tuple[int, float, float]:
-        """Quota, threshold and factor of a step of the active block."""
+        The canvas has not changed since a step that was passed over, so refreshing later is the same.
+        """
+        refresh = self.params.cache_refresh
+        return self.params.cache == "none" or (step - step % refresh >= since if refresh else since == 0)
+
+    def _next_step(self, step: int, num_masked: int) -> int:
+        """The first step of the active block, from ``step`` on, that unmasks something."""
         params, num_steps = self.params, self._steps[self._block]
-        if params.threshold is not None:
-            return 1, params.threshold, 0.0
-        if params.factor is not None:
-            return 1, math.inf, params.factor
+        if params.threshold is not None or params.factor is not None or params.remasking not in DREAM_POLICIES:
+            return step
         if params.remasking == "origin":
-            # each position by itself: a uniform confidence above 1 - p
-            return 0, 1.0 - dream_transfer_probability(step, num_steps, params.eps), 0.0
+            return next_origin_step(self._draws[:num_masked], step, num_steps, params.eps)
+        return next_dream_step(num_masked, step, num_steps, params.eps)
+
+    def _quota(self, step: int, num_masked: int) -> int:
+        """What a step of the active block unmasks, at least where a threshold or factor may admit more."""
+        params, num_steps = self.params, self._steps[self._block]
+        if params.threshold is not None or params.factor is not None:
+            return 1
+        if params.remasking == "origin":
+            return origin_quota(self._draws[:num_masked], step, num_steps, params.eps)
         if params.remasking in DREAM_POLICIES:
-            return dream_quota(num_masked, step, num_steps, params.eps), math.inf, 0.0
-        return even_quota(self._masks[self._block], step, num_steps), math.inf, 0.0
+            return dream_quota(num_masked, step, num_steps, params.eps)
+        return even_quota(self._masks[self._block], step, num_steps)
 
     def _num_masked_in_canvas(self) -> int:
         return self._num_masked + sum(self._masks[self._block + 1 :])
 
 
-def make_plan(params: DiffusionParams, prompt_length: int, limit: int, shift: int = 0, num_suffix: int = 0) -> Plan:
+def make_plan(
+    params: DiffusionParams, prompt_length: int, limit: int, shift: int = 0, num_suffix: int = 0, seed: int = 0
+) -> Plan:
     """The plan of a request's strategy."""
     from dllm_plugin.scheduler.d2f import D2FPlan
 
     plan = D2FPlan if params.strategy == "d2f" else BlockwisePlan
-    return plan(params, prompt_length, limit, shift, num_suffix)
+    return plan(params, prompt_length, limit, shift, num_suffix, seed)

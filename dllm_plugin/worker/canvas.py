@@ -102,10 +102,10 @@ class CanvasStore:
         self.top_k[slot] = canvas.top_k if filtered else 0
         self.top_p[slot] = canvas.top_p if filtered else 1.0
         self.stop_at[slot] = canvas.eos_token_id
-        self.seed[slot] = signed_64_bits(canvas.seed)
+        self.seed[slot] = canvas.seed
         self.guidance[slot] = params.cfg_scale
         self.policy[slot] = REMASKING_POLICIES.index(params.remasking)
-        # `origin` decides each position by itself: there is no order to sample
+        # `origin` has drawn its order
         self.alg_temp[slot] = 0.0 if params.remasking == "origin" else params.alg_temp
         eos, turn_end = self.eos_token_id, self.turn_end_token_id
         # the mask id is never chosen, but keeps its mass: the references' confidences have it in their softmax
@@ -133,8 +133,3 @@ class CanvasStore:
                 setattr(self, name, new)
         self.generation += 1
         self._free.extend(range(old_slots, num_slots))
-
-
-def signed_64_bits(seed: int) -> int:
-    """Any integer seed as the int64 with the same low 64 bits."""
-    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -171,8 +171,10 @@ class DiffusionModelRunner(AdapterMixin):
         )
         ranking = None
         for policy in needs.policies:
-            if policy in ("random", "origin"):
+            if policy == "random":
                 value = philox.uniform(seed, position, step, stream=philox.UNIFORM)
+            elif policy == "origin":  # one number for all steps: the plan has turned them into quotas
+                value = philox.uniform(seed, position, torch.zeros_like(step), stream=philox.UNIFORM)
             elif policy == "sequential":
                 value = -position.float()
             else:

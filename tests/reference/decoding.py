@@ -1,7 +1,7 @@
 """What both reference decoders share: the canvas, the blocks, the tie rule, and going on past a full canvas.
 
-Positions are counted from the start of the response, forward passes from the start of the request. The noise callbacks
-of the decoders get both numbers, so a test can inject the numbers that an engine drew, or those of a seeded run of the
+Positions are counted from the start of the response, steps from the start of the request. The noise callbacks of the
+decoders get both numbers, so a test can inject the numbers that an engine drew, or those of a seeded run of the
 published code.
 
 Deliberate deviations from the published code, common to both decoders:
@@ -13,7 +13,7 @@ Deliberate deviations from the published code, common to both decoders:
   does not choose the mask its confidences are these.
 - Which positions are masked is kept in a boolean of its own: a prompt may hold the mask token as text.
 - A block ends as soon as nothing is masked in it. The published code would go on running forward passes that cannot
-  change anything. Any other scheduled pass is run, even one whose quota is zero.
+  change anything. A pass that decides nothing is run here as there, and changes nothing: it is not counted.
 - Canvas and steps need not divide: the last block is shorter, the first `steps % blocks` blocks get one step more.
 """
 
@@ -24,17 +24,19 @@ from math import ceil
 import torch
 from torch import Tensor
 
-# (forward pass, positions [rows]) -> numbers in [0, 1), float32 [rows]
+# (step, positions [rows]) -> numbers in [0, 1), float32 [rows]
 Uniforms = Callable[[int, Tensor], Tensor]
-# (forward pass, positions [rows]) -> standard Gumbel noise, float64 [rows]
+# (step, positions [rows], time in (0, 1] at which the step begins) -> numbers in [0, 1) [rows]
+OriginUniforms = Callable[[int, Tensor, Tensor], Tensor]
+# (step, positions [rows]) -> standard Gumbel noise, float64 [rows]
 PositionGumbel = Callable[[int, Tensor], Tensor]
-# (forward pass, positions [rows]) -> standard Gumbel noise, float64 [rows, vocabulary]
+# (step, positions [rows]) -> standard Gumbel noise, float64 [rows, vocabulary]
 TokenGumbel = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Commit:
-    """What one forward pass decided; both lists are empty where its quota was zero."""
+    """What one forward pass decided."""
 
     positions: list[int]  # ascending
     tokens: list[int]
@@ -43,7 +45,8 @@ class Commit:
 @dataclass(frozen=True)
 class Generation:
     tokens: list[int]  # the whole canvas; the mask id where decoding stopped before a position was decided
-    trace: list[Commit]  # one entry per forward pass
+    trace: list[Commit]  # one entry per forward pass that decided something
+    num_steps: int = 0  # with those that decided nothing
 
     @property
     def num_forwards(self) -> int:
@@ -83,6 +86,7 @@ class Canvas:
     mask_token_id: int
     stop_ids: Collection[int] = ()
     trace: list[Commit] = field(default_factory=list)
+    num_steps: int = 0
 
     def __post_init__(self) -> None:
         self.ids = torch.tensor(self.prompt_ids + [self.mask_token_id] * self.gen_length)
@@ -102,7 +106,9 @@ class Canvas:
         positions, tokens = positions[order], tokens[order]
         self.response[positions] = tokens
         self.masked[positions] = False
-        self.trace.append(Commit(positions.tolist(), tokens.tolist()))
+        self.num_steps += 1
+        if len(positions):
+            self.trace.append(Commit(positions.tolist(), tokens.tolist()))
 
     @property
     def stopped(self) -> bool:
@@ -112,7 +118,7 @@ class Canvas:
         return bool(stops[:first_masked].any())
 
     def result(self) -> Generation:
-        return Generation(self.response.tolist(), self.trace)
+        return Generation(self.response.tolist(), self.trace, self.num_steps)
 
 
 def choose(logits: Tensor, mask_token_id: int) -> Tensor:
@@ -150,11 +156,12 @@ def generate_canvases(
     Every canvas is min(remaining, canvas_length) long and takes what came before it as its prompt. `steps` are those of
     the first canvas; a later, shorter one gets the same steps a token, rounded up. The tokens end with the stop id if
     one was found; no forward pass is run after that is known. `settings` go to `generate` unchanged, noise callbacks
-    with positions and passes counted through.
+    with positions and steps counted through.
     """
     first_length = min(max_tokens, canvas_length)
     tokens: list[int] = []
     trace: list[Commit] = []
+    num_steps = 0
     while len(tokens) < max_tokens:
         length = min(max_tokens - len(tokens), canvas_length)
         done = generate(
@@ -163,18 +170,19 @@ def generate_canvases(
             length,
             ceil(steps * length / first_length),
             stop_ids=stop_ids,
-            **{name: counted_on(value, len(trace), len(tokens)) for name, value in settings.items()},
+            **{name: counted_on(value, num_steps, len(tokens)) for name, value in settings.items()},
         )
         trace += [Commit([len(tokens) + p for p in commit.positions], commit.tokens) for commit in done.trace]
+        num_steps += done.num_steps
         decided = truncate_at_eos(done.tokens, stop_ids)
         tokens += decided
         if decided[-1] in stop_ids:
             break
-    return Generation(tokens, trace)
+    return Generation(tokens, trace, num_steps)
 
 
-def counted_on(value, passes: int, positions: int):
-    """A noise callback told of the passes and positions before this canvas; any other value as it is."""
+def counted_on(value, steps: int, positions: int):
+    """A noise callback told of the steps and positions before this canvas; any other value as it is."""
     if not callable(value):
         return value
-    return lambda forward, at: value(passes + forward, positions + at)
+    return lambda step, at, *time: value(steps + step, positions + at, *time)

@@ -14,7 +14,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from .decoding import Canvas, Generation, PositionGumbel, TokenGumbel, Uniforms, blocks, choose, most_confident
+from .decoding import Canvas, Generation, OriginUniforms, PositionGumbel, TokenGumbel, blocks, choose, most_confident
 from .model import Predictor
 
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
@@ -33,14 +33,14 @@ def generate(
     temperature: float = 0.0,
     top_p: float | None = None,
     top_k: int | None = None,
-    uniforms: Uniforms | None = None,
+    uniforms: OriginUniforms | None = None,
     position_gumbel: PositionGumbel | None = None,
     gumbel: TokenGumbel | None = None,
     stop_ids: Collection[int] = (),
 ) -> Generation:
     """Fills a canvas of gen_length tokens in `steps` forward passes spread over blocks; without a length, one block.
 
-    Noise: `origin` takes `uniforms` (a position is committed where its number is below the step's probability), an
+    Noise: `origin` takes `uniforms` (a position is committed where its number is below the step's share), an
     alg_temp takes `position_gumbel`, a temperature takes `gumbel`. top_p and top_k shape the confidences at temperature
     0 too; None switches them off. Decoding stops early only for `stop_ids`.
     """
@@ -48,9 +48,9 @@ def generate(
         raise ValueError(f"alg is one of {', '.join(ALGORITHMS)}, not {alg!r}")
     canvas = Canvas(prompt_ids, gen_length, model.mask_token_id, stop_ids)
     for block in blocks(gen_length, block_length, steps):
-        shares = transfer_shares(block.steps, eps)
+        times, shares = transfer_times(block.steps, eps), transfer_shares(block.steps, eps)
         for step, candidates in canvas.passes(block):
-            forward = len(canvas.trace)
+            forward = canvas.num_steps
             logits = model.logits_for_positions(canvas.ids)[len(prompt_ids) + candidates]
             noise = gumbel(forward, candidates) if temperature > 0 else None
             confidence, chosen = sample_tokens(
@@ -58,7 +58,7 @@ def generate(
             )
 
             if alg == "origin":
-                committed = (uniforms(forward, candidates) < shares[step]).nonzero()[:, 0]
+                committed = (uniforms(forward, candidates, times[step]) < shares[step]).nonzero()[:, 0]
             else:
                 count = int(len(candidates) * shares[step])
                 if alg_temp:
@@ -68,13 +68,18 @@ def generate(
     return canvas.result()
 
 
+def transfer_times(steps: int, eps: float) -> Tensor:
+    """The time at which each step begins, float32 [steps + 1]: from 1 down to eps, where the last one ends."""
+    return torch.linspace(1, eps, steps + 1)
+
+
 def transfer_shares(steps: int, eps: float) -> Tensor:
     """The share of the masked positions that each step commits, float32 [steps]; the last step's is 1.
 
     The arithmetic is the published one to the last bit, because a share times a count is truncated to an integer: with
     as many steps as positions the counts are 0, 1, 1, ..., 1, 2.
     """
-    timesteps = torch.linspace(1, eps, steps + 1)
+    timesteps = transfer_times(steps, eps)
     shares = 1 - timesteps[1:] / timesteps[:-1]
     shares[-1] = 1
     return shares

@@ -81,13 +81,13 @@ def generate(
     cached = CachedModel(model, length)
     for block in blocks(gen_length, block_length, max(steps, -(-gen_length // (block_length or gen_length)))):
         quotas = llada.transfer_counts(len(canvas.candidates(block)), block.steps)
-        shares = dream.transfer_shares(block.steps, eps)
+        times, shares = dream.transfer_times(block.steps, eps), dream.transfer_shares(block.steps, eps)
         for step in count():
             candidates = canvas.candidates(block)
             if len(candidates) == 0 or canvas.stopped:
                 break
-            forward = len(canvas.trace)
-            last = max_steps is not None and forward == max_steps - 1
+            forward = canvas.num_steps
+            last = max_steps is not None and len(canvas.trace) == max_steps - 1
             if last:
                 candidates = canvas.masked.nonzero()[:, 0]
 
@@ -105,7 +105,8 @@ def generate(
                 logits = cached.logits_for_positions(canvas.ids, first, before + block.end, length)
             logits = logits[before + candidates - first]
 
-            confidence, chosen = rank(logits, candidates, model.mask_token_id, remasking, forward, uniforms)
+            drawn = (candidates, times[step]) if remasking == "origin" else (candidates,)
+            confidence, chosen = rank(logits, drawn, model.mask_token_id, remasking, forward, uniforms)
             if last:
                 committed = torch.arange(len(candidates))
             elif threshold is not None:
@@ -123,16 +124,21 @@ def generate(
 
 
 def rank(
-    logits: Tensor, positions: Tensor, mask_token_id: int, remasking: str, forward: int, uniforms: Uniforms | None
+    logits: Tensor,
+    drawn: tuple[Tensor, ...],
+    mask_token_id: int,
+    remasking: str,
+    forward: int,
+    uniforms: Uniforms | None,
 ) -> tuple[Tensor, Tensor]:
-    """What the positions are ordered by, and their tokens."""
+    """What the positions are ordered by, and their tokens; ``drawn`` goes to `uniforms`: the positions, for origin a time."""
     if remasking in ("maskgit_plus", "topk_margin", "entropy"):
         return dream.sample_tokens(logits, mask_token_id, remasking)
     chosen = choose(logits, mask_token_id)
     if remasking in ("random", "origin"):
-        return uniforms(forward, positions), chosen
+        return uniforms(forward, *drawn), chosen
     if remasking == "sequential":
-        return -positions.double(), chosen
+        return -drawn[0].double(), chosen
     assert remasking == "low_confidence", remasking
     return torch.softmax(logits.float(), dim=-1).gather(1, chosen[:, None])[:, 0], chosen
 

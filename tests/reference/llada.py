@@ -41,7 +41,7 @@ def generate(
     for block in blocks(gen_length, block_length, steps):
         quotas = transfer_counts(block.end - block.start, block.steps)
         for step, candidates in canvas.passes(block):
-            forward = len(canvas.trace)
+            forward = canvas.num_steps
             logits = guided_logits(model, canvas, cfg_scale)[len(prompt_ids) + candidates]
 
             if eos_suppression == "logits":

@@ -8,20 +8,21 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dllm_plugin.kernels import philox
 from dllm_plugin.params import DREAM_POLICIES, REMASKING_POLICIES, DiffusionParams
 from dllm_plugin.scheduler.window import (
     dream_quota,
-    dream_transfer_probability,
     even_quota,
     make_plan,
+    next_dream_step,
+    next_origin_step,
+    origin_quota,
     split_blocks,
 )
-
-QUOTA_POLICIES = [policy for policy in REMASKING_POLICIES if policy != "origin"]
-
 
 # ---- blocks
 
@@ -101,13 +102,44 @@ def test_dream_quota(masks, steps, quotas):
     assert dream_quotas(masks, steps) == quotas
 
 
-@pytest.mark.parametrize("steps, eps", [(1, 1e-3), (7, 1e-3), (64, 1e-3), (9, 0.0), (5, 0.4)])
-def test_dream_transfer_probability(steps, eps):
+@pytest.mark.parametrize("masks, steps", [(1, 1), (8, 8), (5, 40), (24, 1000), (8, 1_000_000)])
+def test_the_next_dream_step_is_the_first_that_unmasks_something(masks, steps):
+    step = passes = 0
+    while masks:
+        found = next_dream_step(masks, step, steps, 1e-3)
+        between = range(step, found) if steps <= 1000 else [*range(step, found, 997)]
+        assert not any(dream_quota(masks, i, steps, 1e-3) for i in between)
+        quota = dream_quota(masks, found, steps, 1e-3)
+        assert quota > 0
+        step, masks, passes = found + 1, masks - quota, passes + 1
+    assert step <= steps and passes <= 24
+
+
+@pytest.mark.parametrize("steps, eps", [(1, 1e-3), (7, 1e-3), (64, 1e-3), (9, 0.0), (5, 0.4), (1000, 1e-3)])
+def test_origin_unmasks_as_the_published_rule_does(steps, eps):
+    """Published: a fresh number below 1 - s / t in each step. One number u for all steps is the number 1 - u / t in a step."""
+    draws = np.sort(np.random.default_rng(steps).random(50, dtype=np.float32))
     time = np.linspace(1, eps, steps + 1)
-    expected = [1 - time[i + 1] / time[i] for i in range(steps - 1)] + [1.0]
-    got = [dream_transfer_probability(step, steps, eps) for step in range(steps)]
-    assert got == pytest.approx(expected, abs=1e-6)
-    assert got[-1] == 1.0
+    step, masked = 0, draws
+    for published_step in range(steps):
+        share = 1 - time[published_step + 1] / time[published_step] if published_step < steps - 1 else 1.0
+        taken = masked[1 - masked / time[published_step] < share]
+        if len(masked):
+            assert next_origin_step(masked, step, steps, eps) >= published_step
+            assert origin_quota(masked, published_step, steps, eps) == len(taken)
+        if len(taken):
+            assert next_origin_step(masked, step, steps, eps) == published_step
+            step, masked = published_step + 1, masked[: len(masked) - len(taken)]
+    assert len(masked) == 0
+
+
+@pytest.mark.parametrize("remasking", [*DREAM_POLICIES, "low_confidence"])
+@pytest.mark.parametrize("block_length", [None, 3])
+def test_a_million_steps_cost_no_more_passes_than_positions(remasking, block_length):
+    plan = plan_of(5, 8, remasking=remasking, steps=1_000_000, block_length=block_length)
+    table = rows(plan)
+    assert len(table) == plan.num_passes <= 8
+    assert all(row[4] > 0 for row in table)
 
 
 # ---- the windows of a request
@@ -155,11 +187,11 @@ TABLES = {
     ),
     "dream-begins-with-nothing": (
         plan_of(2, 4, remasking="entropy"),
-        [(0, (0, 6), (2, 6), 4, 0), (1, (0, 6), (2, 6), 4, 1), (2, (0, 6), (2, 6), 3, 1), (3, (0, 6), (2, 6), 2, 2)],
+        [(1, (0, 6), (2, 6), 4, 1), (2, (0, 6), (2, 6), 3, 1), (3, (0, 6), (2, 6), 2, 2)],
     ),
     "dream-blocks-have-a-schedule-each": (
         plan_of(2, 4, remasking="maskgit_plus", block_length=2),
-        [(0, (0, 6), (2, 4), 2, 0), (1, (0, 6), (2, 4), 2, 2), (2, (0, 6), (4, 6), 2, 0), (3, (0, 6), (4, 6), 2, 2)],
+        [(1, (0, 6), (2, 4), 2, 2), (3, (0, 6), (4, 6), 2, 2)],
     ),
 }
 
@@ -170,17 +202,14 @@ def test_windows(name):
     assert rows(plan) == expected
 
 
-def test_origin_leaves_the_number_to_chance():
-    """Positions whose uniform is above 1 - p, however many; the last step takes all."""
-    plan = plan_of(4, 6, remasking="origin", steps=3, eps=0.0)
-    plan.start_canvas()
-    thresholds = []
-    for left in (6, 2, 0):  # nothing in the first step, then four
-        (block,) = plan.window.blocks
-        thresholds.append((block.num_masked, block.quota, pytest.approx(block.threshold)))
-        plan.advance([left])
-    assert thresholds == [(6, 0, 2 / 3), (6, 0, 1 / 2), (2, 0, 0.0)]
-    assert plan.canvas_is_full
+def test_origin_draws_a_number_for_each_position():
+    """The quotas are those of the numbers that the worker ranks by; the last step takes all; a step that takes none is none."""
+    plan = make_plan(DiffusionParams(remasking="origin", steps=3, eps=0.0), 4, 10, seed=-7)
+    position = torch.arange(4, 10)
+    numbers = philox.uniform(torch.full_like(position, -7), position, position * 0, stream=philox.UNIFORM)
+    in_step = [int((numbers > 2 / 3).sum()), int(((numbers <= 2 / 3) & (numbers > 1 / 3)).sum())]
+    in_step.append(6 - sum(in_step))
+    assert [(row[0], row[4]) for row in rows(plan)] == [(i, n) for i, n in enumerate(in_step) if n]
 
 
 def test_canvases_follow_one_another():
@@ -203,7 +232,7 @@ def test_a_canvas_longer_than_the_response_is_cut():
 
 REQUESTS = st.fixed_dictionaries(
     {
-        "remasking": st.sampled_from(QUOTA_POLICIES),
+        "remasking": st.sampled_from(REMASKING_POLICIES),
         "canvas_length": st.integers(1, 40),
         "block_length": st.none() | st.integers(1, 40),
         "steps": st.none() | st.integers(1, 60),
@@ -220,14 +249,15 @@ def test_every_position_is_unmasked_once(params, prompt, tokens):
     while plan.canvas_end < plan.limit:
         table = rows(plan)
         length = plan.canvas_length
-        assert [row[0] for row in table] == list(range(step, step + len(table)))
-        step += len(table)
+        assert [row[0] for row in table] == sorted({row[0] for row in table}) and table[0][0] >= step
+        assert params["remasking"] in DREAM_POLICIES or plan.step == step + len(table)
+        step = plan.step
         blocks = sorted({row[2] for row in table})
         assert blocks[0][0] == end and all(a[1] == b[0] for a, b in itertools.pairwise(blocks))
         end = blocks[-1][1]
         for block in blocks:
             quotas = [row[4] for row in table if row[2] == block]
-            assert sum(quotas) == block[1] - block[0] and min(quotas) >= 0
+            assert sum(quotas) == block[1] - block[0] and min(quotas) > 0
             if params["remasking"] not in DREAM_POLICIES:
                 assert quotas == sorted(quotas, reverse=True)
         unmasked += sum(row[4] for row in table)
