@@ -12,8 +12,8 @@ first n, where n is the largest of, and at most the number of rows,
 * the number of rows whose confidence is greater than `threshold` (strictly; +inf is off);
 * with `factor` f > 0, the longest prefix of the order with `c_k >= 1 - f / (k + 1)` for its ranks k >= 2; rank 1 always counts.
 
-So a quota is (q, inf, 0), Fast-dLLM's threshold (1, t, 0), a semi-activated D2F block (0, t, 0). Public factor code also accepts a last rank that fails alone, an off-by-one of
-its loop; here it does not.
+So a quota is (q, inf, 0), Fast-dLLM's threshold (1, t, 0), a semi-activated D2F block (0, t, 0). Public factor code also
+accepts a last rank that fails alone, an off-by-one of its loop; here it does not.
 
 With `alg_temp` t > 0 the order is by `confidence / t + gumbel` instead, with Philox noise of (seed, position, step): drawing
 n positions without replacement from softmax(confidence / t). Confidences may be negative or `-inf`; NaN ranks last and
