@@ -10,15 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from dllm_plugin.policies import POLICIES
+
 PREFIX = "diffusion_"
 
-# A policy names the algorithm of the public decoder it comes from: its schedule, how tokens are drawn and how
-# positions are ranked. Any policy runs on any family.
-LLADA_POLICIES = ("low_confidence", "random", "sequential")  # ML-GSAI/LLaDA:generate.py; the last is ours
-DREAM_POLICIES = ("origin", "maskgit_plus", "topk_margin", "entropy")  # Dream's generation_utils.py
-REMASKING_POLICIES = LLADA_POLICIES + DREAM_POLICIES
-# those that rank by the token's probability, which is what a threshold is about
-PROBABILITY_POLICIES = ("low_confidence", "maskgit_plus")
+_BY_PROBABILITY = tuple(policy.name for policy in POLICIES.values() if policy.is_by_probability)
 EOS_SUPPRESSIONS = ("none", "logits", "confidence")
 CACHE_MODES = ("none", "prefix", "dual")
 STRATEGIES = ("full", "d2f")
@@ -130,7 +126,7 @@ RULES: dict[str, _Rule] = {
     "steps": _COUNT,
     "block_length": _COUNT,
     "canvas_length": _COUNT,
-    "remasking": _Rule(str, choices=REMASKING_POLICIES),
+    "remasking": _Rule(str, choices=tuple(POLICIES)),
     "threshold": _SHARE,
     "factor": _Rule(float, 0.0, _MOST, low_excluded=True),
     "alg_temp": _Rule(float, 0.0, _MOST),
@@ -257,8 +253,8 @@ def _check_combination(given: Mapping[str, Any], label: str) -> None:
     parallel = [name for name in ("threshold", "factor") if given.get(name) is not None]
     if len(parallel) == 2:
         refuse(*parallel, "each says by itself how many positions a step unmasks")
-    if parallel and given.get("remasking", "low_confidence") not in PROBABILITY_POLICIES:
-        refuse(parallel[0], "remasking", f"it compares probabilities, which {PROBABILITY_POLICIES} rank by")
+    if parallel and given.get("remasking", "low_confidence") not in _BY_PROBABILITY:
+        refuse(parallel[0], "remasking", f"it compares probabilities, which {_BY_PROBABILITY} rank by")
     if parallel and given.get("alg_temp", 0) > 0:
         refuse(parallel[0], "alg_temp", "it takes the positions above it, and alg_temp takes positions at random")
     if given.get("cfg_scale", 0) > 0 and given.get("cache", "none") != "none":
@@ -267,8 +263,8 @@ def _check_combination(given: Mapping[str, Any], label: str) -> None:
         for name in _NOT_WITH_D2F:
             if given.get(name, getattr(_NEUTRAL, name)) != getattr(_NEUTRAL, name):
                 refuse("strategy", name, "d2f brings its own rule for it, or sees nothing behind its open blocks")
-        if given.get("remasking", "low_confidence") not in PROBABILITY_POLICIES:
-            refuse("strategy", "remasking", f"d2f compares probabilities, which {PROBABILITY_POLICIES} rank by")
+        if given.get("remasking", "low_confidence") not in _BY_PROBABILITY:
+            refuse("strategy", "remasking", f"d2f compares probabilities, which {_BY_PROBABILITY} rank by")
     template = given.get("template")
     if template and HOLE not in template:
         raise ValueError(f"{label}template has no hole: put {HOLE} where a token is wanted, or ask for no generation")
@@ -282,18 +278,18 @@ _NOT_WITH_D2F = ("threshold", "factor", "alg_temp", "cfg_scale", "cache", "suffi
 
 def _settle(params: DiffusionParams, given: Mapping[str, Any]) -> DiffusionParams:
     """Where a default contradicts what was ``given``, the default gives way; `_check_combination` saw to the rest."""
-    by_probability = "maskgit_plus" if params.remasking in DREAM_POLICIES else "low_confidence"
+    by_probability = POLICIES[params.remasking].by_probability
     if params.strategy == "d2f":
         clash = [name for name in _NOT_WITH_D2F if getattr(params, name) != getattr(_NEUTRAL, name)]
         if clash and "strategy" not in given and any(name in given for name in clash):
             params = replace(params, strategy="full")
         else:
             neutral = {name: getattr(_NEUTRAL, name) for name in clash}
-            ranked = params.remasking if params.remasking in PROBABILITY_POLICIES else by_probability
+            ranked = params.remasking if params.remasking in _BY_PROBABILITY else by_probability
             return replace(params, **neutral, remasking=ranked)
     if params.threshold is not None and params.factor is not None:
         params = replace(params, **{"threshold" if "factor" in given else "factor": None})
-    if (params.threshold is not None or params.factor is not None) and params.remasking not in PROBABILITY_POLICIES:
+    if (params.threshold is not None or params.factor is not None) and params.remasking not in _BY_PROBABILITY:
         if "remasking" in given:
             params = replace(params, threshold=None, factor=None)
         else:

@@ -11,7 +11,6 @@ from dllm_plugin.params import (
     CACHE_MODES,
     EOS_SUPPRESSIONS,
     PREFIX,
-    REMASKING_POLICIES,
     RULES,
     STRATEGIES,
     DiffusionParams,
@@ -19,6 +18,7 @@ from dllm_plugin.params import (
     parse_engine_defaults,
     parse_request,
 )
+from dllm_plugin.policies import POLICIES
 
 NEUTRAL = DiffusionParams()
 VOCABULARY, LONGEST = 1000, 2048  # of the model that requests are for
@@ -34,7 +34,7 @@ VALUES = {
     "steps": _COUNT,
     "block_length": _COUNT,
     "canvas_length": _COUNT,
-    "remasking": (list(REMASKING_POLICIES), ["lowconfidence", "Entropy", *_CHOICE_WRONG]),
+    "remasking": (list(POLICIES), ["lowconfidence", "Entropy", *_CHOICE_WRONG]),
     "threshold": _SHARE,
     "factor": ([0.1, 1, 3.5], [0, 0.0, -1, NAN, INF, "1", True, None]),
     "alg_temp": _NOT_NEGATIVE,
@@ -90,7 +90,7 @@ def test_refused(name, value):
     "name, rule",
     [
         ("steps", "an integer of at least 1"),
-        ("remasking", f"one of {', '.join(map(repr, REMASKING_POLICIES))}"),
+        ("remasking", f"one of {', '.join(map(repr, POLICIES))}"),
         ("alg_temp", "a finite number of at least 0"),
         ("eps", "a finite number in [0, 1)"),
         ("factor", "a finite number greater than 0"),

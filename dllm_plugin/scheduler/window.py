@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dllm_plugin.params import DREAM_POLICIES, HOLE, DiffusionParams
+from dllm_plugin.params import HOLE, DiffusionParams
+from dllm_plugin.policies import POLICIES
 
 
 class ActiveBlock(NamedTuple):
@@ -272,7 +273,7 @@ class BlockwisePlan(Plan):
         self._block = block
         self._block_step = 0
         self._num_masked = self._masks[block] if block < len(self._blocks) else 0
-        if self.params.remasking == "origin" and self._num_masked:
+        if POLICIES[self.params.remasking].schedule == "drawn" and self._num_masked:
             self._draws = self._draw_numbers(*self._blocks[block])
 
     def _draw_numbers(self, start: int, end: int) -> np.ndarray:
@@ -351,22 +352,24 @@ class BlockwisePlan(Plan):
     def _next_step(self, step: int, num_masked: int) -> int:
         """The first step of the active block, from ``step`` on, that unmasks something."""
         params, num_steps = self.params, self._steps[self._block]
-        if params.threshold is not None or params.factor is not None or params.remasking not in DREAM_POLICIES:
+        schedule = POLICIES[params.remasking].schedule
+        if schedule == "even" or params.threshold is not None or params.factor is not None:
             return step
-        if params.remasking == "origin":
+        if schedule == "drawn":
             return next_origin_step(self._draws[:num_masked], step, num_steps, params.eps)
         return next_dream_step(num_masked, step, num_steps, params.eps)
 
     def _quota(self, step: int, num_masked: int) -> int:
         """What a step of the active block unmasks, at least where a threshold or factor may admit more."""
         params, num_steps = self.params, self._steps[self._block]
+        schedule = POLICIES[params.remasking].schedule
         if params.threshold is not None or params.factor is not None:
             return 1
-        if params.remasking == "origin":
+        if schedule == "even":
+            return even_quota(self._masks[self._block], step, num_steps)
+        if schedule == "drawn":
             return origin_quota(self._draws[:num_masked], step, num_steps, params.eps)
-        if params.remasking in DREAM_POLICIES:
-            return dream_quota(num_masked, step, num_steps, params.eps)
-        return even_quota(self._masks[self._block], step, num_steps)
+        return dream_quota(num_masked, step, num_steps, params.eps)
 
     def _num_masked_in_canvas(self) -> int:
         return self._num_masked + sum(self._masks[self._block + 1 :])

@@ -8,9 +8,11 @@ import numpy as np
 import torch
 
 from dllm_plugin.attention import FullWindows, PagedWindows, WindowBatch
+from dllm_plugin.policies import POLICIES
 from dllm_plugin.scheduler.output import Canvas
 from dllm_plugin.scheduler.window import Window
 from dllm_plugin.worker.canvas import CanvasStore, Request
+from dllm_plugin.worker.ranking import DRAWN
 
 _NUMPY = {torch.int32: np.int32, torch.int64: np.int64, torch.float32: np.float32}
 
@@ -19,7 +21,7 @@ _NUMPY = {torch.int32: np.int32, torch.int64: np.int64, torch.float32: np.float3
 class Needs:
     """What the requests of a step ask of the choice between them; what none asks for is not computed."""
 
-    policies: tuple[str, ...]
+    rankings: tuple[str, ...]
     sampling: bool
     filters: bool
     suppression: bool
@@ -31,7 +33,7 @@ class Needs:
     @classmethod
     def of(cls, canvases: list[Canvas], windows: list[Window]) -> "Needs":
         return cls(
-            policies=tuple({canvas.params.remasking: None for canvas in canvases}),
+            rankings=tuple({POLICIES[canvas.params.remasking].ranking: None for canvas in canvases}),
             sampling=any(canvas.temperature > 0 for canvas in canvases),
             filters=any(canvas.top_k > 0 or canvas.top_p < 1 for canvas in canvases),
             suppression=any(canvas.params.eos_suppression != "none" for canvas in canvases),
@@ -43,12 +45,12 @@ class Needs:
 
     @property
     def noise(self) -> bool:
-        return self.sampling or "random" in self.policies or "origin" in self.policies
+        return self.sampling or not DRAWN.isdisjoint(self.rankings)
 
     @property
     def per_row(self) -> bool:
         """False where all rows are chosen and ranked alike."""
-        return self.noise or self.filters or self.suppression or len(self.policies) > 1
+        return self.noise or self.filters or self.suppression or len(self.rankings) > 1
 
 
 @dataclass(frozen=True, slots=True)

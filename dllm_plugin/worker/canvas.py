@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dllm_plugin.params import DREAM_POLICIES, HOLE, REMASKING_POLICIES
+from dllm_plugin.params import HOLE
+from dllm_plugin.policies import POLICIES, RANKINGS
 from dllm_plugin.scheduler.output import Canvas
 
 _MIN_SLOTS, _MIN_LENGTH = 16, 256
@@ -53,7 +54,7 @@ class CanvasStore:
         self.no_mass = torch.empty((0, 2), dtype=torch.int64, device=device)
         self.guidance = torch.empty(0, dtype=torch.float32, device=device)
         # ranking
-        self.policy = torch.empty(0, dtype=torch.int64, device=device)
+        self.ranking = torch.empty(0, dtype=torch.int64, device=device)
         self.tempered = torch.empty(0, dtype=torch.bool, device=device)
         self.alg_temp = torch.empty(0, dtype=torch.float32, device=device)
         self._grow(_MIN_SLOTS, _MIN_LENGTH)
@@ -94,19 +95,18 @@ class CanvasStore:
 
     def _set_decoding(self, slot: int, canvas: Canvas) -> None:
         params = canvas.params
-        dream = params.remasking in DREAM_POLICIES
+        policy = POLICIES[params.remasking]
         sampled = canvas.temperature > 0
-        filtered = dream or sampled  # LLaDA's decoder has no filter, and greedy needs none
+        filtered = sampled or policy.filters_greedy
         self.temperature[slot] = canvas.temperature
-        self.tempered[slot] = dream and sampled
+        self.tempered[slot] = policy.tempered and sampled
         self.top_k[slot] = canvas.top_k if filtered else 0
         self.top_p[slot] = canvas.top_p if filtered else 1.0
         self.stop_at[slot] = canvas.eos_token_id
         self.seed[slot] = canvas.seed
         self.guidance[slot] = params.cfg_scale
-        self.policy[slot] = REMASKING_POLICIES.index(params.remasking)
-        # `origin` has drawn its order
-        self.alg_temp[slot] = 0.0 if params.remasking == "origin" else params.alg_temp
+        self.ranking[slot] = RANKINGS.index(policy.ranking)
+        self.alg_temp[slot] = params.alg_temp if policy.ordered else 0.0
         eos, turn_end = self.eos_token_id, self.turn_end_token_id
         # the mask id is never chosen, but keeps its mass: the references' confidences have it in their softmax
         no_choice, no_mass = [self.mask_token_id, -1], [-1, -1]

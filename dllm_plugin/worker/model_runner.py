@@ -20,17 +20,17 @@ from vllm.v1.worker.utils import allocate_kv_cache
 from dllm_plugin.attention import DiffusionAttention, FullWindows, WindowBatch
 from dllm_plugin.engine_config import most_tokens_of_a_step
 from dllm_plugin.families import family_of
-from dllm_plugin.kernels import philox
-from dllm_plugin.kernels.confidence import Confidence, confidence
+from dllm_plugin.kernels.confidence import confidence
 from dllm_plugin.kernels.filter import filter_top_k_top_p
 from dllm_plugin.kernels.unmask import Unmasked, unmask
-from dllm_plugin.params import REMASKING_POLICIES
+from dllm_plugin.policies import RANKINGS
 from dllm_plugin.scheduler.output import DiffusionSchedulerOutput
 from dllm_plugin.worker.adapters import AdapterMixin
 from dllm_plugin.worker.batch import BatchBuilder, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
 from dllm_plugin.worker.graphs import StepGraphs
 from dllm_plugin.worker.progress import Progress, Summary
+from dllm_plugin.worker.ranking import RANKING_VALUES, RankedRows
 
 # Rows of logits are computed in chunks of about this size, whatever the batch asks for.
 LOGITS_CHUNK_BYTES = 256 * 2**20
@@ -157,7 +157,7 @@ class DiffusionModelRunner(AdapterMixin):
         seed, step = (state.seed[slot], batch.step[batch.row_request].long()) if needs.noise else (None, None)
         if needs.filters:
             self.filter(logits, slot, no_choice)
-        statistics = confidence(
+        chosen = confidence(
             logits,
             no_choice=no_choice,
             no_mass=state.no_mass[slot] if needs.suppression else None,
@@ -166,22 +166,15 @@ class DiffusionModelRunner(AdapterMixin):
             seed=seed if needs.sampling else None,
             position=position if needs.sampling else None,
             step=step if needs.sampling else None,
-            margin="topk_margin" in needs.policies,
-            entropy="entropy" in needs.policies,
+            margin="margin" in needs.rankings,
+            entropy="negative_entropy" in needs.rankings,
         )
-        ranking = None
-        for policy in needs.policies:
-            if policy == "random":
-                value = philox.uniform(seed, position, step, stream=philox.UNIFORM)
-            elif policy == "origin":  # one number for all steps: the plan has turned them into quotas
-                value = philox.uniform(seed, position, torch.zeros_like(step), stream=philox.UNIFORM)
-            elif policy == "sequential":
-                value = -position.float()
-            else:
-                value = ranking_confidence(policy, statistics)
-            mine = ranking is None or state.policy[slot] == REMASKING_POLICIES.index(policy)
+        rows, ranking = RankedRows(chosen, position, seed, step), None
+        for name in needs.rankings:
+            value = RANKING_VALUES[name](rows)
+            mine = ranking is None or state.ranking[slot] == RANKINGS.index(name)
             ranking = value if ranking is None else torch.where(mine, value, ranking)
-        return statistics.token, ranking
+        return chosen.token, ranking
 
     def filter(self, logits: torch.Tensor, slot: torch.Tensor, no_choice: torch.Tensor) -> None:
         """Sets to -inf what top-k and top-p take out of the rows that ask for it; other columns keep their bits."""
@@ -333,12 +326,3 @@ class DiffusionModelRunner(AdapterMixin):
         self.kv_caches, self.graphs = [], None
         for layer in self.attention_layers.values():
             layer.bind_kv_cache(None)
-
-
-def ranking_confidence(policy: str, statistics: Confidence) -> torch.Tensor:
-    """What a policy ranks positions by, highest first."""
-    if policy == "topk_margin":
-        return statistics.margin
-    if policy == "entropy":
-        return -statistics.entropy
-    return statistics.probability

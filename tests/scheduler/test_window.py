@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dllm_plugin.kernels import philox
-from dllm_plugin.params import DREAM_POLICIES, REMASKING_POLICIES, DiffusionParams
+from dllm_plugin.params import DiffusionParams
+from dllm_plugin.policies import POLICIES
 from dllm_plugin.scheduler.window import (
     dream_quota,
     even_quota,
@@ -133,7 +134,7 @@ def test_origin_unmasks_as_the_published_rule_does(steps, eps):
     assert len(masked) == 0
 
 
-@pytest.mark.parametrize("remasking", [*DREAM_POLICIES, "low_confidence"])
+@pytest.mark.parametrize("remasking", POLICIES)
 @pytest.mark.parametrize("block_length", [None, 3])
 def test_a_million_steps_cost_no_more_passes_than_positions(remasking, block_length):
     plan = plan_of(5, 8, remasking=remasking, steps=1_000_000, block_length=block_length)
@@ -232,7 +233,7 @@ def test_a_canvas_longer_than_the_response_is_cut():
 
 REQUESTS = st.fixed_dictionaries(
     {
-        "remasking": st.sampled_from(REMASKING_POLICIES),
+        "remasking": st.sampled_from([*POLICIES]),
         "canvas_length": st.integers(1, 40),
         "block_length": st.none() | st.integers(1, 40),
         "steps": st.none() | st.integers(1, 60),
@@ -250,7 +251,7 @@ def test_every_position_is_unmasked_once(params, prompt, tokens):
         table = rows(plan)
         length = plan.canvas_length
         assert [row[0] for row in table] == sorted({row[0] for row in table}) and table[0][0] >= step
-        assert params["remasking"] in DREAM_POLICIES or plan.step == step + len(table)
+        assert POLICIES[params["remasking"]].schedule != "even" or plan.step == step + len(table)
         step = plan.step
         blocks = sorted({row[2] for row in table})
         assert blocks[0][0] == end and all(a[1] == b[0] for a, b in itertools.pairwise(blocks))
@@ -258,7 +259,7 @@ def test_every_position_is_unmasked_once(params, prompt, tokens):
         for block in blocks:
             quotas = [row[4] for row in table if row[2] == block]
             assert sum(quotas) == block[1] - block[0] and min(quotas) > 0
-            if params["remasking"] not in DREAM_POLICIES:
+            if POLICIES[params["remasking"]].schedule == "even":
                 assert quotas == sorted(quotas, reverse=True)
         unmasked += sum(row[4] for row in table)
         first = min(params["canvas_length"], tokens)

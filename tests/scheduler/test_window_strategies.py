@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm_plugin.params import DREAM_POLICIES, HOLE, DiffusionParams
+from dllm_plugin.params import HOLE, DiffusionParams
+from dllm_plugin.policies import POLICIES
 from dllm_plugin.scheduler.window import ActiveBlock, Plan, Window, make_plan
 
 
@@ -491,7 +492,7 @@ class Simulation:
     def check(self, window: Window) -> None:
         plan = self.plan
         assert window.step >= plan.step and plan.num_passes == len(self.windows)
-        assert window.step == plan.step or plan.params.remasking in DREAM_POLICIES
+        assert window.step == plan.step or POLICIES[plan.params.remasking].schedule != "even"
         assert 0 <= window.start < window.end <= window.visible <= plan.next_length
         assert all(b.start >= plan.canvas_start and b.end <= min(window.end, plan.canvas_end) for b in window.blocks)
         assert all(before.end <= after.start for before, after in pairwise(window.blocks))
@@ -564,7 +565,7 @@ def test_how_far_a_plan_looks_ahead(settings, num_steps):
     while not plan.canvas_is_full:
         ahead = plan.look_ahead(9)
         assert ahead[0] == plan.window and ahead[:2] == plan.look_ahead(2)
-        passed_over = settings.get("remasking") in DREAM_POLICIES
+        passed_over = POLICIES[settings.get("remasking", "low_confidence")].schedule != "even"
         assert passed_over or [window.step for window in ahead] == [*range(plan.step, plan.step + len(ahead))]
         seen.append(len(ahead))
         plan.advance([block.num_masked - max(1, block.quota) for block in plan.window.blocks])

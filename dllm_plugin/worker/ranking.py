@@ -1,0 +1,36 @@
+"""What the positions of a step are ranked by, highest first: one function a ranking of `policies`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dllm_plugin.kernels import philox
+from dllm_plugin.kernels.confidence import Confidence
+
+
+@dataclass(frozen=True, slots=True)
+class RankedRows:
+    """The rows of a choice: what the model said of each, and what its noise is keyed by, ``[rows]`` int64."""
+
+    chosen: Confidence
+    position: torch.Tensor
+    seed: torch.Tensor | None  # None where nobody draws numbers
+    step: torch.Tensor | None
+
+    def uniforms(self, step: torch.Tensor) -> torch.Tensor:
+        return philox.uniform(self.seed, self.position, step, stream=philox.UNIFORM)
+
+
+# fp32 [rows] each
+RANKING_VALUES: dict[str, Callable[[RankedRows], torch.Tensor]] = {
+    "probability": lambda rows: rows.chosen.probability,
+    "margin": lambda rows: rows.chosen.margin,
+    "negative_entropy": lambda rows: -rows.chosen.entropy,
+    "step_number": lambda rows: rows.uniforms(rows.step),
+    "own_number": lambda rows: rows.uniforms(torch.zeros_like(rows.step)),  # the plan has turned it into quotas
+    "left_to_right": lambda rows: -rows.position.float(),
+}
+
+# rankings that draw a number, and so need seed and step
+DRAWN = frozenset({"step_number", "own_number"})
