@@ -4,6 +4,7 @@ import functools
 import re
 from typing import Any
 
+import msgspec
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor
@@ -26,6 +27,8 @@ class _Refusal(ValueError):
     def __str__(self) -> str:
         raise DiffusionParameterError(self.args[0]) from None
 
+
+SEED_LIMIT = 2**63  # that of HTTP requests; the seeds of further completions, seed + 1 and on, must travel too
 
 # SamplingParams attribute, its neutral values, and what a user can do instead
 UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
@@ -95,10 +98,48 @@ def __getattr__(name: str) -> type[DiffusionAdmission]:
 
 def check_sampling_params(sampling_params: SamplingParams, vocab_size: int, max_model_len: int) -> None:
     """Raise ValueError for a sampling parameter or an extra that a diffusion model cannot honour."""
-    if not isinstance(sampling_params.seed, int | None):
-        raise ValueError(f"seed must be an integer, got {sampling_params.seed!r}; leave it out for a random one")
+    seed = sampling_params.seed
+    if seed is not None and not (type(seed) is int and -SEED_LIMIT <= seed < SEED_LIMIT):
+        raise ValueError(f"seed must be an integer of at most 64 bits, got {seed!r}; leave it out for a random one")
     for name, neutral, remedy in UNSUPPORTED:
         value = getattr(sampling_params, name, None)
         if value is not None and value not in neutral:
             raise ValueError(f"{name} is not supported with diffusion language models, got {value!r}; {remedy}")
+    check_fields(sampling_params)
     check_request(sampling_params.extra_args, sampling_params.max_tokens, vocab_size, max_model_len)
+    try:  # extras of others, and what was set on the object after vLLM had checked it
+        msgspec.msgpack.decode(msgspec.msgpack.encode(sampling_params), type=SamplingParams)
+    except Exception as error:
+        raise ValueError(
+            f"sampling parameters must be what the engine's process can read: {str(error).rstrip('.')}, with "
+            f"extra_args={sampling_params.extra_args!r:.200}; make them anew, of plain Python values"
+        ) from error
+
+
+def check_fields(sampling_params: SamplingParams) -> None:
+    """Raise ValueError for a field whose value is not of the type that vLLM declares, as an engine process reads it.
+
+    vLLM checks some types only there, in a thread that ends with the first request it cannot read: no request is then
+    answered any more. The rule is the same where the engine runs in the calling process.
+    """
+    for name, (kind, reader) in _READERS.items():
+        value = getattr(sampling_params, name)
+        try:
+            # a mapping would be read as the object that it describes, which in the calling process it is not
+            right = isinstance(reader.decode(msgspec.msgpack.encode(value)), dict) == isinstance(value, dict)
+        except Exception:
+            right = False
+        if not right:
+            raise ValueError(
+                f"{name} must be {kind}, got {value!r}; give a plain Python value, int(...) or float(...) of a NumPy scalar"
+            )
+
+
+_READERS = {
+    field.name: (
+        field.type.__name__ if isinstance(field.type, type) else field.type,
+        msgspec.msgpack.Decoder(field.type),
+    )
+    for field in msgspec.structs.fields(SamplingParams)
+    if field.name != "extra_args"  # `check_request` knows our extras in more detail
+}

@@ -9,6 +9,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from dllm_plugin.admission import UNSUPPORTED, admission_for
 from dllm_plugin.families import family_of
 from dllm_plugin.params import DiffusionParams, check_token_ids, engine_settings, parse_engine_defaults
+from dllm_plugin.plugin import TOKENIZER_MODE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -197,6 +198,8 @@ def select_components(vllm_config: "VllmConfig") -> None:
     model.hf_config.cuda_graphs = not graphs_are_off
     model.enforce_eager = True
     model.logits_processors = [admission_for(model.get_vocab_size(), model.max_model_len)]
+    if model.tokenizer_mode in ("auto", "hf"):
+        model.tokenizer_mode = TOKENIZER_MODE  # the same tokenizer, and the renderer that checks prompts
     select_sampling_defaults(model)
 
 

@@ -113,11 +113,8 @@ class _Rule:
 
 
 def _is_number(value: Any, kind: type) -> bool:
-    # bool is an int to Python, and True is not a number of steps
-    wanted = int if kind is int else (int, float)
-    return (
-        isinstance(value, wanted) and not isinstance(value, bool) and (isinstance(value, int) or math.isfinite(value))
-    )
+    # bool is an int to Python and np.float64 a float: True is no number of steps, and no NumPy scalar reaches the engine
+    return type(value) is int or (kind is float and type(value) is float and math.isfinite(value))
 
 
 _COUNT = _Rule(int, 1, _MOST)
@@ -319,7 +316,7 @@ def _check(label: str, name: str, value: Any) -> None:
 
 def _remedy(name: str, value: Any) -> str:
     """How to put right a value that a rule does not accept: the common slips, else leaving it out."""
-    number = value
+    number = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, str) and RULES[name].kind in (int, float):
         try:
             number = float(value)
@@ -327,8 +324,15 @@ def _remedy(name: str, value: Any) -> str:
             number = None
     if isinstance(number, float) and RULES[name].kind is int and number.is_integer():
         number = int(number)
-    if number is not None and not isinstance(number, bool) and number != () and RULES[name].accepts(number):
-        return f"write {number!r}, " + ("without quotes" if isinstance(value, str) else "without a fraction")
+    if RULES[name].accepts(number):
+        slip = (
+            "without quotes"
+            if isinstance(value, str)
+            else "without a fraction"
+            if type(value) is float
+            else "not NumPy's"
+        )
+        return f"write {number!r}, {slip}"
     if isinstance(value, str) and RULES[name].choices and (near := _nearest(value, RULES[name].choices, cutoff=0.6)):
         return f"take one of them{near}"
     default = getattr(_NEUTRAL, name)

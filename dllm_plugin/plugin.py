@@ -1,6 +1,8 @@
-"""What ``register`` does, once its process imports vLLM: configs, architectures, tokenizer, engine-config hook."""
+"""What ``register`` does, once its process imports vLLM: configs, architectures, tokenizer, renderer, config hook."""
 
 from dllm_plugin.compat import check_vllm_version
+
+TOKENIZER_MODE = "dllm_plugin"  # by which vLLM finds the renderer, and a tokenizer that goes with it
 
 
 def register_all() -> None:
@@ -10,6 +12,8 @@ def register_all() -> None:
     from transformers import AutoConfig
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.renderers.registry import RENDERER_REGISTRY
+    from vllm.tokenizers.registry import TokenizerRegistry
 
     from dllm_plugin.engine_config import DiffusionEngineConfig
     from dllm_plugin.models import ARCHITECTURES
@@ -19,6 +23,9 @@ def register_all() -> None:
     for config in (DreamConfig, LLaDAConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)
     register_dream_tokenizer()
+    if TOKENIZER_MODE not in RENDERER_REGISTRY.renderers:
+        TokenizerRegistry.register(TOKENIZER_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
+        RENDERER_REGISTRY.register(TOKENIZER_MODE, "dllm_plugin.renderer", "DiffusionRenderer")
     for architecture, location in ARCHITECTURES.items():
         # a string: vLLM imports the class only in the process that runs the model
         if architecture not in ModelRegistry.get_supported_archs():

@@ -88,6 +88,7 @@ class DiffusionScheduler(Scheduler):
                 end_with_error(self, request.request_id, str(error), unforeseen)
                 # what follows the first prompt of a session is kept there and never read
                 request.resumable, request.streaming_queue = False, deque()
+                request.priority = 0
                 denoising = self._begin_denoising(request, DiffusionParams(remasking=self.defaults.remasking))
             self.denoising[request.request_id] = denoising
             request.spec_decode_metrics = RequestSpecDecodeMetrics.new(denoising.plan.next_canvas_length)
@@ -189,6 +190,8 @@ class DiffusionScheduler(Scheduler):
         """Plan and seed of a request. Raises ValueError for what only prompt, tokenizer and vocabulary can tell."""
         if request.resumable:
             raise ValueError("a session of streamed prompts is not supported; send one prompt a request")
+        if type(request.priority) is not int:  # the queue could not compare it
+            raise ValueError(f"priority must be an integer, got {request.priority!r}; leave it out")
         suffix_ids = self._suffix_ids(params)
         vocab_size = self.vllm_config.model_config.get_vocab_size()
         if outside := [token for token in (*suffix_ids, *params.template) if token >= vocab_size]:
