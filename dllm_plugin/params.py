@@ -1,81 +1,26 @@
-"""The decoding parameters of one request: names, types, ranges, defaults. Standard library only.
+"""The decoding parameters of one request: names, types, ranges, defaults, and which exclude each other.
 
 A request gives them as ``SamplingParams(extra_args={"diffusion_steps": 64})``, over HTTP inside ``vllm_xargs``; an
-engine-wide default is given without the prefix, ``--additional-config '{"diffusion": {"steps": 64}}'``.
+engine-wide default is given without the prefix, ``--additional-config '{"diffusion": {"steps": 64}}'``. Standard library
+only.
 """
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from dllm_plugin.policies import POLICIES
 
 PREFIX = "diffusion_"
-
-_BY_PROBABILITY = tuple(policy.name for policy in POLICIES.values() if policy.is_by_probability)
-EOS_SUPPRESSIONS = ("none", "logits", "confidence")
-CACHE_MODES = ("none", "prefix", "dual")
-STRATEGIES = ("full", "d2f")
 HOLE = -1
 
-
-@dataclass(frozen=True, slots=True)
-class DiffusionParams:
-    """Decoding parameters of one request; `DESCRIPTIONS` says what each does. None: off, or derived from the canvas."""
-
-    steps: int | None = None
-    block_length: int | None = None
-    canvas_length: int = 1024
-    remasking: str = "low_confidence"
-    threshold: float | None = None
-    factor: float | None = None
-    alg_temp: float = 0.0
-    eps: float = 1e-3
-    cfg_scale: float = 0.0
-    eos_suppression: str = "none"
-    max_steps: int | None = None
-    cache: str = "none"
-    cache_refresh: int = 0
-    strategy: str = "full"
-    d2f_add_threshold: float = 0.1
-    d2f_complete_threshold: float = 0.95
-    d2f_accept_threshold: float = 0.9
-    d2f_max_blocks: int = 0
-    suffix: str | tuple[int, ...] = ()
-    template: tuple[int, ...] = ()
-
-
-DESCRIPTIONS: dict[str, str] = {
-    "steps": "denoising steps of a canvas; default: one a position; raised to one a block. Unused with a threshold",
-    "block_length": "the canvas is unmasked block after block of this many positions; default: all of it, for d2f 32",
-    "canvas_length": "masked positions laid out at once, at most max_tokens; a longer answer takes another canvas",
-    "remasking": "how positions are ranked, and whose algorithm that is; default: low_confidence, for Dream origin",
-    "threshold": "unmask every position whose probability is above it, at least one a step",
-    "factor": "unmask the k most probable positions while p_k >= 1 - factor / (k + 1), at least one a step",
-    "alg_temp": "temperature of the order in which positions are taken; 0 takes the best",
-    "eps": "smallest time of Dream's schedule",
-    "cfg_scale": "classifier-free guidance; 0 is off. Each step then forwards a second, prompt-less copy",
-    "eos_suppression": "logits: EOS is never chosen. confidence: EOS and end of turn are taken last",
-    "max_steps": "forward passes of a request at most, but for a preempted canvas; the last one unmasks all that is left",
-    "cache": "prefix, dual: only forward the block and what follows, or the block alone, between refreshes (Fast-dLLM)",
-    "cache_refresh": "also forward everything every this many steps of a block; 0: at its first step only",
-    "strategy": "d2f: pipelined blocks under block-causal attention with an exact cache, for D2F checkpoints",
-    "d2f_add_threshold": "the next block is opened when this share of the last one is unmasked",
-    "d2f_complete_threshold": "a block must progress every step once this share of the one before it is unmasked",
-    "d2f_accept_threshold": "probability above which a token is taken",
-    "d2f_max_blocks": "blocks that may be open at once; 0: any number",
-    "suffix": "text or token ids that stand after the canvas",
-    "template": "token ids of the canvas; -1 is a hole, everything else is pinned",
-}
-
-
-_MOST = 1_000_000  # nothing is larger; far beyond any use, so that it is not worth a word
+MOST = 1_000_000  # nothing is larger; far beyond any use, so that it is not worth a word
 
 
 @dataclass(frozen=True, slots=True)
-class _Rule:
+class Rule:
     """Type and range of one parameter; ``choices`` for a name, otherwise bounds."""
 
     kind: type
@@ -93,7 +38,7 @@ class _Rule:
         if self.kind is str:
             return "a text or a list of token ids, not empty"
         kind = "an integer" if self.kind is int else "a finite number"
-        if math.isinf(self.high) or self.high == _MOST:
+        if math.isinf(self.high) or self.high == MOST:
             return f"{kind} {'greater than' if self.low_excluded else 'of at least'} {self.low:g}"
         left, right = "(" if self.low_excluded else "[", ")" if self.high_excluded else "]"
         return f"{kind} in {left}{self.low:g}, {self.high:g}{right}"
@@ -117,31 +62,208 @@ def _is_number(value: Any, kind: type) -> bool:
     return type(value) is int or (kind is float and type(value) is float and math.isfinite(value))
 
 
-_COUNT = _Rule(int, 1, _MOST)
-_SHARE = _Rule(float, 0.0, 1.0)
-RULES: dict[str, _Rule] = {
-    "steps": _COUNT,
-    "block_length": _COUNT,
-    "canvas_length": _COUNT,
-    "remasking": _Rule(str, choices=tuple(POLICIES)),
-    "threshold": _SHARE,
-    "factor": _Rule(float, 0.0, _MOST, low_excluded=True),
-    "alg_temp": _Rule(float, 0.0, _MOST),
-    "eps": _Rule(float, 0.0, 1.0, high_excluded=True),
-    "cfg_scale": _Rule(float, 0.0, _MOST),
-    "eos_suppression": _Rule(str, choices=EOS_SUPPRESSIONS),
-    "max_steps": _COUNT,
-    "cache": _Rule(str, choices=CACHE_MODES),
-    "cache_refresh": _Rule(int, 0, _MOST),
-    "strategy": _Rule(str, choices=STRATEGIES),
-    "d2f_add_threshold": _SHARE,
-    "d2f_complete_threshold": _SHARE,
-    "d2f_accept_threshold": _SHARE,
-    "d2f_max_blocks": _Rule(int, 0, _MOST),
-    "suffix": _Rule(str, 0),
-    "template": _Rule(list, HOLE),
-}
-assert list(RULES) == list(DESCRIPTIONS) == [field.name for field in fields(DiffusionParams)]
+def _parameter(rule: Rule, default: Any, text: str) -> Any:
+    return field(default=default, metadata={"rule": rule, "text": text})
+
+
+_COUNT = Rule(int, 1, MOST)
+_SHARE = Rule(float, 0.0, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class DiffusionParams:
+    """Decoding parameters of one request, with the rule and the text of each. None: off, or derived from the canvas."""
+
+    steps: int | None = _parameter(
+        _COUNT,
+        None,
+        "denoising steps of a canvas; default: one a position; raised to one a block. Unused with a threshold",
+    )
+    block_length: int | None = _parameter(
+        _COUNT,
+        None,
+        "the canvas is unmasked block after block of this many positions; default: all of it, for d2f 32",
+    )
+    canvas_length: int = _parameter(
+        _COUNT,
+        1024,
+        "masked positions laid out at once, at most max_tokens; a longer answer takes another canvas",
+    )
+    remasking: str = _parameter(
+        Rule(str, choices=tuple(POLICIES)),
+        "low_confidence",
+        "how positions are ranked, and whose algorithm that is; default: low_confidence, for Dream origin",
+    )
+    threshold: float | None = _parameter(
+        _SHARE,
+        None,
+        "unmask every position whose probability is above it, at least one a step",
+    )
+    factor: float | None = _parameter(
+        Rule(float, 0.0, MOST, low_excluded=True),
+        None,
+        "unmask the k most probable positions while p_k >= 1 - factor / (k + 1), at least one a step",
+    )
+    alg_temp: float = _parameter(
+        Rule(float, 0.0, MOST),
+        0.0,
+        "temperature of the order in which positions are taken; 0 takes the best",
+    )
+    eps: float = _parameter(
+        Rule(float, 0.0, 1.0, high_excluded=True),
+        1e-3,
+        "smallest time of Dream's schedule",
+    )
+    cfg_scale: float = _parameter(
+        Rule(float, 0.0, MOST),
+        0.0,
+        "classifier-free guidance; 0 is off. Each step then forwards a second, prompt-less copy",
+    )
+    eos_suppression: str = _parameter(
+        Rule(str, choices=("none", "logits", "confidence")),
+        "none",
+        "logits: EOS is never chosen. confidence: EOS and end of turn are taken last",
+    )
+    max_steps: int | None = _parameter(
+        _COUNT,
+        None,
+        "forward passes of a request at most, but for a preempted canvas; the last one unmasks all that is left",
+    )
+    cache: str = _parameter(
+        Rule(str, choices=("none", "prefix", "dual")),
+        "none",
+        "prefix, dual: only forward the block and what follows, or the block alone, between refreshes (Fast-dLLM)",
+    )
+    cache_refresh: int = _parameter(
+        Rule(int, 0, MOST),
+        0,
+        "also forward everything every this many steps of a block; 0: at its first step only",
+    )
+    strategy: str = _parameter(
+        Rule(str, choices=("full", "d2f")),
+        "full",
+        "d2f: pipelined blocks under block-causal attention with an exact cache, for D2F checkpoints",
+    )
+    d2f_add_threshold: float = _parameter(
+        _SHARE,
+        0.1,
+        "the next block is opened when this share of the last one is unmasked",
+    )
+    d2f_complete_threshold: float = _parameter(
+        _SHARE,
+        0.95,
+        "a block must progress every step once this share of the one before it is unmasked",
+    )
+    d2f_accept_threshold: float = _parameter(
+        _SHARE,
+        0.9,
+        "probability above which a token is taken",
+    )
+    d2f_max_blocks: int = _parameter(
+        Rule(int, 0, MOST),
+        0,
+        "blocks that may be open at once; 0: any number",
+    )
+    suffix: str | tuple[int, ...] = _parameter(
+        Rule(str, 0),
+        (),
+        "text or token ids that stand after the canvas",
+    )
+    template: tuple[int, ...] = _parameter(
+        Rule(list, HOLE),
+        (),
+        "token ids of the canvas; -1 is a hole, everything else is pinned",
+    )
+
+
+PARAMETERS = {each.name: each for each in fields(DiffusionParams)}
+RULES: dict[str, Rule] = {name: each.metadata["rule"] for name, each in PARAMETERS.items()}
+DESCRIPTIONS: dict[str, str] = {name: each.metadata["text"] for name, each in PARAMETERS.items()}
+_NEUTRAL = DiffusionParams()
+
+
+def _is_set(values: Mapping[str, Any], name: str) -> bool:
+    return values[name] != getattr(_NEUTRAL, name)
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Two parameters of which the second cannot hold where the first is set, unless ``allows`` its value.
+
+    ``instead``: what the second gives way to, from its value; its neutral value where nothing is said.
+    """
+
+    first: str
+    second: str
+    reason: str
+    allows: Callable[[Any], bool] | None = None
+    instead: Callable[[Any], Any] | None = None
+
+    def holds(self, values: Mapping[str, Any]) -> bool:
+        second_clashes = not self.allows(values[self.second]) if self.allows else _is_set(values, self.second)
+        return _is_set(values, self.first) and second_clashes
+
+    def second_instead(self, values: Mapping[str, Any]) -> Any:
+        return self.instead(values[self.second]) if self.instead else getattr(_NEUTRAL, self.second)
+
+
+_BY_PROBABILITY = tuple(policy.name for policy in POLICIES.values() if policy.is_by_probability)
+
+
+def _compares_probabilities(name: str) -> Conflict:
+    return Conflict(
+        name,
+        "remasking",
+        f"it compares probabilities, which {_BY_PROBABILITY} rank by",
+        allows=_BY_PROBABILITY.__contains__,
+        instead=lambda remasking: POLICIES[remasking].by_probability,
+    )
+
+
+CONFLICTS = (
+    *(
+        Conflict("strategy", name, "d2f brings its own rule for it, or sees nothing behind its open blocks")
+        for name in ("threshold", "factor", "alg_temp", "cfg_scale", "cache", "suffix", "template")
+    ),
+    Conflict("threshold", "factor", "each says by itself how many positions a step unmasks"),
+    *(_compares_probabilities(name) for name in ("strategy", "threshold", "factor")),
+    *(
+        Conflict(name, "alg_temp", "it takes the positions above it, and alg_temp takes positions at random")
+        for name in ("threshold", "factor")
+    ),
+    Conflict("cfg_scale", "cache", "the unconditional copy has no KV cache of its own"),
+)
+
+
+def resolve(base: DiffusionParams, given: Mapping[str, Any], label: str) -> DiffusionParams:
+    """``base`` with what was ``given`` laid over it; where the two contradict each other, ``base`` gives way.
+
+    Raises ValueError where two of the given contradict each other. ``label`` stands before their names there.
+    """
+    values = {name: getattr(base, name) for name in PARAMETERS}
+    values |= {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    for conflict in CONFLICTS:
+        if not conflict.holds(values):
+            continue
+        if conflict.first in given and conflict.second in given:
+            _refuse(given, conflict.first, conflict.second, conflict.reason, label)
+        if conflict.second in given:
+            values[conflict.first] = getattr(_NEUTRAL, conflict.first)
+        else:
+            values[conflict.second] = conflict.second_instead(values)
+    template = given.get("template")
+    if template and HOLE not in template:
+        raise ValueError(f"{label}template has no hole: put {HOLE} where a token is wanted, or ask for no generation")
+    if template and given.get("canvas_length", len(template)) != len(template):
+        _refuse(given, "template", "canvas_length", "the template is the canvas", label)
+    return DiffusionParams(**values)
+
+
+def _refuse(given: Mapping[str, Any], first: str, second: str, reason: str, label: str) -> None:
+    raise ValueError(
+        f"{label}{first}={given[first]!r} and {label}{second}={given[second]!r} exclude each other: {reason}; "
+        f"leave one of them out"
+    )
 
 
 def engine_settings(additional_config: Any) -> Any:
@@ -178,39 +300,41 @@ def parse_engine_defaults(settings: Any, base: DiffusionParams) -> DiffusionPara
         if name not in RULES:
             raise ValueError(f"{where} has an unknown parameter {name!r}{_nearest(name, RULES)}")
         _check(f"{where} {name}", name, value)
-    _check_combination(settings, label=f"{where} ")
-    return _settle(_replace(base, settings), settings)
+    return resolve(base, settings, label=f"{where} ")
 
 
 def parse_request(extra_args: Mapping[str, Any] | None, defaults: DiffusionParams) -> DiffusionParams:
     """The parameters of a request: ``defaults`` with its ``diffusion_*`` extras applied.
 
-    A default that contradicts an extra gives way to it. Raises ValueError for a wrong extra.
+    A default that contradicts an extra gives way to it. Raises ValueError for a wrong extra, or two that exclude each other.
     """
-    given = _given(extra_args)
-    return _settle(_replace(defaults, given), given)
+    return resolve(defaults, _given(extra_args), label=PREFIX)
 
 
 def check_request(
-    extra_args: Mapping[str, Any] | None, max_tokens: int | None, vocab_size: int, max_model_len: int
+    extra_args: Mapping[str, Any] | None,
+    max_tokens: int | None,
+    vocab_size: int,
+    max_model_len: int,
+    defaults: DiffusionParams = _NEUTRAL,
 ) -> None:
     """Raise ValueError where a request's extras are wrong in themselves, for the model, or cannot hold together."""
     given = _given(extra_args)
-    _check_combination(given, label=PREFIX)
-    params = _replace(DiffusionParams(), given)
+    params = resolve(defaults, given, label=PREFIX)
     if params.template and max_tokens is not None and len(params.template) > max_tokens:
         raise ValueError(
             f"max_tokens must hold the whole diffusion_template, which has {len(params.template)} positions, got "
             f"{max_tokens}; raise max_tokens"
         )
     check_token_ids(params, vocab_size, label=PREFIX)
-    if params.steps is None or params.block_length is None:
-        return
+    steps_are_used = params.threshold is None and params.factor is None and params.strategy == "full"
+    if not (steps_are_used and "steps" in given and "block_length" in given):
+        return  # a default of too few is raised to one a block
     canvas = len(params.template) or min(params.canvas_length, max_tokens or params.canvas_length)
     if canvas >= max_model_len:
-        return  # the prompt decides how long it is; too few steps are raised to one a block
+        return  # the prompt decides how long it is
     blocks = math.ceil(canvas / params.block_length)
-    if params.steps < blocks and params.threshold is None and params.factor is None and params.strategy == "full":
+    if params.steps < blocks:
         raise ValueError(
             f"diffusion_steps must be at least the number of blocks, one step a block: {params.steps} steps cannot "
             f"unmask {blocks} blocks of {params.block_length} positions (canvas of {canvas}); raise diffusion_steps "
@@ -236,73 +360,6 @@ def _given(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
                 f"unknown diffusion parameter {key!r}{_nearest(key, _keys())}; known: {', '.join(_keys())}"
             )
     return given
-
-
-def _check_combination(given: Mapping[str, Any], label: str) -> None:
-    """Raise ValueError where two settings of one source contradict each other."""
-
-    def refuse(first: str, second: str, reason: str) -> None:
-        raise ValueError(
-            f"{label}{first}={given[first]!r} and {label}{second}={given[second]!r} exclude each other: {reason}; "
-            f"leave one of them out"
-        )
-
-    parallel = [name for name in ("threshold", "factor") if given.get(name) is not None]
-    if len(parallel) == 2:
-        refuse(*parallel, "each says by itself how many positions a step unmasks")
-    if parallel and given.get("remasking", "low_confidence") not in _BY_PROBABILITY:
-        refuse(parallel[0], "remasking", f"it compares probabilities, which {_BY_PROBABILITY} rank by")
-    if parallel and given.get("alg_temp", 0) > 0:
-        refuse(parallel[0], "alg_temp", "it takes the positions above it, and alg_temp takes positions at random")
-    if given.get("cfg_scale", 0) > 0 and given.get("cache", "none") != "none":
-        refuse("cfg_scale", "cache", "the unconditional copy has no KV cache of its own")
-    if given.get("strategy") == "d2f":
-        for name in _NOT_WITH_D2F:
-            if given.get(name, getattr(_NEUTRAL, name)) != getattr(_NEUTRAL, name):
-                refuse("strategy", name, "d2f brings its own rule for it, or sees nothing behind its open blocks")
-        if given.get("remasking", "low_confidence") not in _BY_PROBABILITY:
-            refuse("strategy", "remasking", f"d2f compares probabilities, which {_BY_PROBABILITY} rank by")
-    template = given.get("template")
-    if template and HOLE not in template:
-        raise ValueError(f"{label}template has no hole: put {HOLE} where a token is wanted, or ask for no generation")
-    if template and given.get("canvas_length", len(template)) != len(template):
-        refuse("template", "canvas_length", "the template is the canvas")
-
-
-_NEUTRAL = DiffusionParams()
-_NOT_WITH_D2F = ("threshold", "factor", "alg_temp", "cfg_scale", "cache", "suffix", "template")
-
-
-def _settle(params: DiffusionParams, given: Mapping[str, Any]) -> DiffusionParams:
-    """Where a default contradicts what was ``given``, the default gives way; `_check_combination` saw to the rest."""
-    by_probability = POLICIES[params.remasking].by_probability
-    if params.strategy == "d2f":
-        clash = [name for name in _NOT_WITH_D2F if getattr(params, name) != getattr(_NEUTRAL, name)]
-        if clash and "strategy" not in given and any(name in given for name in clash):
-            params = replace(params, strategy="full")
-        else:
-            neutral = {name: getattr(_NEUTRAL, name) for name in clash}
-            ranked = params.remasking if params.remasking in _BY_PROBABILITY else by_probability
-            return replace(params, **neutral, remasking=ranked)
-    if params.threshold is not None and params.factor is not None:
-        params = replace(params, **{"threshold" if "factor" in given else "factor": None})
-    if (params.threshold is not None or params.factor is not None) and params.remasking not in _BY_PROBABILITY:
-        if "remasking" in given:
-            params = replace(params, threshold=None, factor=None)
-        else:
-            params = replace(params, remasking=by_probability)
-    if (params.threshold is not None or params.factor is not None) and params.alg_temp > 0:
-        given_way = {"threshold": None, "factor": None} if "alg_temp" in given else {"alg_temp": 0.0}
-        params = replace(params, **given_way)
-    if params.cfg_scale > 0 and params.cache != "none":
-        params = replace(params, cache="none") if "cfg_scale" in given else replace(params, cfg_scale=0.0)
-    return params
-
-
-def _replace(params: DiffusionParams, given: Mapping[str, Any]) -> DiffusionParams:
-    return replace(
-        params, **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    )
 
 
 def _keys() -> list[str]:

@@ -1,18 +1,19 @@
 """Every rule of the parameters: what is taken, what is refused and in which words. Pure: no engine, no vLLM."""
 
 import math
+import re
 from dataclasses import fields
 from functools import partial
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dllm_plugin import params
 from dllm_plugin.params import (
-    CACHE_MODES,
-    EOS_SUPPRESSIONS,
+    CONFLICTS,
     PREFIX,
     RULES,
-    STRATEGIES,
     DiffusionParams,
     engine_settings,
     parse_engine_defaults,
@@ -40,11 +41,11 @@ VALUES = {
     "alg_temp": _NOT_NEGATIVE,
     "eps": ([0, 0.0, 1e-3, 0.999], [1, 1.0, -0.1, NAN, INF, "0.1", True, None]),
     "cfg_scale": _NOT_NEGATIVE,
-    "eos_suppression": (list(EOS_SUPPRESSIONS), _CHOICE_WRONG),
+    "eos_suppression": (list(RULES["eos_suppression"].choices), _CHOICE_WRONG),
     "max_steps": _COUNT,
-    "cache": (list(CACHE_MODES), _CHOICE_WRONG),
+    "cache": (list(RULES["cache"].choices), _CHOICE_WRONG),
     "cache_refresh": ([0, 1, 1_000_000], [-1, 1_000_001, 1.0, "1", True, None]),
-    "strategy": (list(STRATEGIES), _CHOICE_WRONG),
+    "strategy": (list(RULES["strategy"].choices), _CHOICE_WRONG),
     "d2f_add_threshold": _SHARE,
     "d2f_complete_threshold": _SHARE,
     "d2f_accept_threshold": _SHARE,
@@ -145,6 +146,52 @@ def test_positions_are_not_drawn_where_a_threshold_takes_them(pace):
     drawn, above = DiffusionParams(alg_temp=1.0), DiffusionParams(**{pace: 0.5})
     assert parse_request({PREFIX + pace: 0.5}, drawn).alg_temp == 0
     assert getattr(parse_request({"diffusion_alg_temp": 1.0}, above), pace) is None
+
+
+CONFLICTING = {  # a value of each parameter that some conflict is about
+    "strategy": "d2f", "threshold": 0.5, "factor": 1.0, "alg_temp": 1.0, "cfg_scale": 1.0, "cache": "dual",
+    "suffix": (5,), "template": (-1, 7), "remasking": "entropy",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("conflict", CONFLICTS, ids=lambda one: f"{one.first}-{one.second}")
+def test_of_two_that_exclude_each_other_the_default_gives_way(conflict):
+    first, second = ({name: CONFLICTING[name]} for name in (conflict.first, conflict.second))
+    with pytest.raises(
+        ValueError, match=f"diffusion_{conflict.first}=.* exclude each other: {re.escape(conflict.reason)}"
+    ):
+        parse_request({PREFIX + name: value for name, value in (first | second).items()}, NEUTRAL)
+    with pytest.raises(ValueError, match="exclude each other"):
+        parse_engine_defaults(first | second, NEUTRAL)
+    for asked, default in ((first, second), (second, first)):
+        (name,) = asked
+        resolved = parse_request({PREFIX + name: asked[name]}, DiffusionParams(**default))
+        assert getattr(resolved, name) == asked[name]
+        assert not any(one.holds({each: getattr(resolved, each) for each in RULES}) for one in CONFLICTS)
+
+
+@given(
+    st.lists(st.sampled_from(sorted(CONFLICTING)), max_size=4),
+    st.lists(st.sampled_from(sorted(CONFLICTING)), max_size=4),
+)
+def test_whatever_the_defaults_a_request_keeps_what_it_gives(defaults, given):
+    """It is refused for what it says itself, never for a default."""
+    extras = {name: CONFLICTING[name] for name in given}
+    try:
+        base = parse_engine_defaults({name: CONFLICTING[name] for name in defaults}, NEUTRAL)
+        alone = parse_request({PREFIX + name: value for name, value in extras.items()}, NEUTRAL)
+    except ValueError:
+        return
+    resolved = parse_request({PREFIX + name: value for name, value in extras.items()}, base)
+    assert all(getattr(resolved, name) == getattr(alone, name) for name in extras)
+    assert not any(one.holds({each: getattr(resolved, each) for each in RULES}) for one in CONFLICTS)
+
+
+def test_steps_that_a_default_threshold_makes_unused():
+    extras = {"diffusion_steps": 2, "diffusion_block_length": 4}
+    with pytest.raises(ValueError, match="2 steps cannot unmask 4 blocks"):
+        check_request(extras, 16)
+    check_request(extras, 16, defaults=DiffusionParams(threshold=0.9))
 
 
 # ---- keys
