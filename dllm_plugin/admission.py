@@ -1,7 +1,7 @@
 """What a request may ask for, checked when it is admitted: a ValueError offline, HTTP 400 online."""
 
+import copyreg
 import functools
-import re
 from typing import Any
 
 import msgspec
@@ -11,6 +11,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from dllm_plugin.compat import V2LogitsProcessor
 from dllm_plugin.params import check_request
+from dllm_plugin.settings import EngineSettings
 
 
 class DiffusionParameterError(VLLMValidationError, ValueError):
@@ -51,21 +52,24 @@ UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 )
 
 
-class DiffusionAdmission(LogitsProcessor, V2LogitsProcessor):
+class _AdmissionType(type(LogitsProcessor)):
+    """The type of `DiffusionAdmission` and of the classes `admission_for` makes, which travel as their settings."""
+
+
+class DiffusionAdmission(LogitsProcessor, V2LogitsProcessor, metaclass=_AdmissionType):
     """Only its ``validate_params`` is used: vLLM calls it for every request, in the front end.
 
-    vLLM has two loaders for these classes, each asking for its own base class; an instance is never made. A class knows
-    its model by its name (`admission_for`), which is all that travels between processes.
+    vLLM has two loaders for these classes, each asking for its own base class; an instance is never made. What vLLM asks is
+    a class, so each engine has one of its own (`admission_for`).
     """
 
-    vocab_size: int
-    max_model_len: int
+    settings: EngineSettings
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Raise DiffusionParameterError, naming rule, value and remedy, for what a diffusion model cannot do."""
         try:
-            check_sampling_params(sampling_params, cls.vocab_size, cls.max_model_len)
+            check_sampling_params(sampling_params, cls.settings)
         except ValueError as error:
             raise _Refusal(str(error)) from None
 
@@ -82,21 +86,18 @@ class DiffusionAdmission(LogitsProcessor, V2LogitsProcessor):
         raise NotImplementedError
 
 
-def admission_for(vocab_size: int, max_model_len: int) -> str:
-    """What vLLM is told to load: module and name of the class that checks requests to such a model."""
-    return f"{__name__}:DiffusionAdmission_{vocab_size}_{max_model_len}"
-
-
 @functools.cache
-def __getattr__(name: str) -> type[DiffusionAdmission]:
-    """The class of a name that `admission_for` gave."""
-    if (match := re.fullmatch(r"DiffusionAdmission_(\d+)_(\d+)", name)) is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    limits = {"vocab_size": int(match[1]), "max_model_len": int(match[2]), "__module__": __name__}
-    return type(name, (DiffusionAdmission,), limits)
+def admission_for(settings: EngineSettings) -> type[DiffusionAdmission]:
+    """The class that checks the requests to an engine of these settings."""
+    return _AdmissionType("DiffusionAdmission", (DiffusionAdmission,), {"settings": settings, "__module__": __name__})
 
 
-def check_sampling_params(sampling_params: SamplingParams, vocab_size: int, max_model_len: int) -> None:
+copyreg.pickle(
+    _AdmissionType, lambda cls: (admission_for, (cls.settings,)) if "settings" in vars(cls) else cls.__name__
+)
+
+
+def check_sampling_params(sampling_params: SamplingParams, settings: EngineSettings) -> None:
     """Raise ValueError for a sampling parameter or an extra that a diffusion model cannot honour."""
     seed = sampling_params.seed
     if seed is not None and not (type(seed) is int and -SEED_LIMIT <= seed < SEED_LIMIT):
@@ -106,7 +107,13 @@ def check_sampling_params(sampling_params: SamplingParams, vocab_size: int, max_
         if value is not None and value not in neutral:
             raise ValueError(f"{name} is not supported with diffusion language models, got {value!r}; {remedy}")
     check_fields(sampling_params)
-    check_request(sampling_params.extra_args, sampling_params.max_tokens, vocab_size, max_model_len)
+    check_request(
+        sampling_params.extra_args,
+        sampling_params.max_tokens,
+        settings.vocab_size,
+        settings.max_model_len,
+        settings.defaults,
+    )
     try:  # extras of others, and what was set on the object after vLLM had checked it
         msgspec.msgpack.decode(msgspec.msgpack.encode(sampling_params), type=SamplingParams)
     except Exception as error:

@@ -1,15 +1,16 @@
 """What vLLM's configuration must be for a diffusion language model: set where unset, refused where it does not fit."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.config import ModelConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from dllm_plugin.admission import UNSUPPORTED, admission_for
+from dllm_plugin.admission import UNSUPPORTED, DiffusionAdmission, admission_for
 from dllm_plugin.families import family_of
 from dllm_plugin.params import DiffusionParams, check_token_ids, engine_settings, parse_engine_defaults
 from dllm_plugin.plugin import TOKENIZER_MODE
+from dllm_plugin.settings import EngineSettings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -18,7 +19,6 @@ logger = init_logger("vllm." + __name__)
 
 WORKER = "dllm_plugin.worker.DiffusionWorker"
 SCHEDULER = "dllm_plugin.scheduler.scheduler.DiffusionScheduler"
-ADMISSION = "dllm_plugin.admission:"
 LONGEST_GUIDED = 8192  # tokens of a sequence whose second copy there is always memory for
 DEFAULT_CPU_PAGE = 128  # positions in a page of the KV cache, where vLLM chooses
 
@@ -26,18 +26,21 @@ DEFAULT_CPU_PAGE = 128  # positions in a page of the KV cache, where vLLM choose
 def engine_defaults(vllm_config: "VllmConfig") -> DiffusionParams:
     """Decoding parameters of a request that gives none: the family's, then those of ``--additional-config``."""
     model = vllm_config.model_config
-    settings = engine_settings(vllm_config.additional_config)
-    defaults = parse_engine_defaults(settings, DiffusionParams(remasking=family_of(model.architecture).remasking))
+    defaults = parse_engine_defaults(
+        engine_settings(vllm_config.additional_config), family_of(model.architecture).defaults
+    )
     check_token_ids(defaults, model.get_vocab_size(), label='--additional-config {"diffusion": ...} ')
     return defaults
 
 
 class DiffusionModelConfig(ModelConfig):
-    """A model whose prefixes do not stand for themselves, so that prefix caching is on only where a user asks for it."""
+    """vLLM's model config with what we have resolved. Prefix caching is on by itself only where prefixes stand alone."""
+
+    diffusion: EngineSettings
 
     @property
     def is_prefix_caching_supported(self) -> bool:
-        return False
+        return family_of(self.architecture).prefix_stands_alone
 
 
 class DiffusionEngineConfig(VerifyAndUpdateConfig):
@@ -51,13 +54,22 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
     @classmethod
     def verify_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         """Select our scheduler, worker and admission check. Raises ValueError for a setting that does not fit."""
-        vllm_config.model_config.hf_config.check()
+        model = vllm_config.model_config
+        model.hf_config.check()
         refuse_what_does_not_fit(vllm_config)
-        engine_defaults(vllm_config)  # a wrong engine-wide default stops start-up, not the first request
+        defaults = engine_defaults(vllm_config)  # a wrong one stops start-up, not the first request
         fit_token_budget(vllm_config)
         fit_cpu_memory(vllm_config)
+        model.diffusion = EngineSettings(
+            architecture=model.architecture,
+            defaults=defaults,
+            vocab_size=model.get_vocab_size(),
+            max_model_len=model.max_model_len,
+            most_tokens=most_tokens_of_a_step(vllm_config),
+            turn_end_token_id=turn_end_token_id(vllm_config),
+            records_graphs=not graphs_are_off(vllm_config),
+        )
         select_components(vllm_config)
-        resolve_turn_end(vllm_config)
 
 
 def refuse_what_does_not_fit(vllm_config: "VllmConfig") -> None:
@@ -84,7 +96,7 @@ def refuse_what_does_not_fit(vllm_config: "VllmConfig") -> None:
             f"the KV cache keeps the model's dtype, got kv_cache_dtype={cache.cache_dtype!r}; remove --kv-cache-dtype",
         ),
         (
-            cache.enable_prefix_caching,
+            cache.enable_prefix_caching and not family_of(model.architecture).prefix_stands_alone,
             "prefix caching assumes causal attention: under full attention no prefix of a sequence stands for itself; "
             "remove --enable-prefix-caching",
         ),
@@ -105,7 +117,7 @@ def refuse_what_does_not_fit(vllm_config: "VllmConfig") -> None:
             "prompts are token ids, whose masks and positions the canvas keeps; remove --enable-prompt-embeds",
         ),
         (
-            any(not str(processor).startswith(ADMISSION) for processor in model.logits_processors or ()),
+            not all(is_admission(processor) for processor in model.logits_processors or ()),
             f"logits processors assume left-to-right generation, got {model.logits_processors}; remove "
             "--logits-processors",
         ),
@@ -131,6 +143,10 @@ def refuse_what_does_not_fit(vllm_config: "VllmConfig") -> None:
     for refused, message in refusals:
         if refused:
             raise ValueError(f"dllm_plugin: {message}")
+
+
+def is_admission(processor: Any) -> bool:
+    return isinstance(processor, type) and issubclass(processor, DiffusionAdmission)
 
 
 def fit_token_budget(vllm_config: "VllmConfig") -> None:
@@ -185,8 +201,6 @@ def fit_cpu_memory(vllm_config: "VllmConfig") -> None:
 
 def select_components(vllm_config: "VllmConfig") -> None:
     """Set every field explicitly: on CUDA an unset ``async_scheduling`` would become True."""
-    from vllm.config import CUDAGraphMode
-
     scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
     vllm_config.parallel_config.worker_cls = WORKER
     scheduler.scheduler_cls = SCHEDULER
@@ -194,10 +208,8 @@ def select_components(vllm_config: "VllmConfig") -> None:
     scheduler.enable_chunked_prefill = False
     scheduler.long_prefill_token_threshold = 0
     # worker/graphs.py has our own graphs; vLLM's, and its compilation, must not know of the model
-    graphs_are_off = model.enforce_eager or vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
-    model.hf_config.cuda_graphs = not graphs_are_off
     model.enforce_eager = True
-    model.logits_processors = [admission_for(model.get_vocab_size(), model.max_model_len)]
+    model.logits_processors = [admission_for(model.diffusion)]
     if model.tokenizer_mode in ("auto", "hf"):
         model.tokenizer_mode = TOKENIZER_MODE  # the same tokenizer, and the renderer that checks prompts
     select_sampling_defaults(model)
@@ -224,15 +236,22 @@ def select_sampling_defaults(model: ModelConfig) -> None:
             overrides[name] = neutral[0]
 
 
-def resolve_turn_end(vllm_config: "VllmConfig") -> None:
-    """Put the id of the family's end-of-turn token on the HF config, where every process sees it; -1 if there is none.
+def graphs_are_off(vllm_config: "VllmConfig") -> bool:
+    """Whether the user switched them off, which is read before ``enforce_eager`` switches vLLM's own off."""
+    from vllm.config import CUDAGraphMode
 
-    Published configs do not name it; the tokenizer knows it as text.
-    """
+    model = vllm_config.model_config
+    if seen := getattr(model, "diffusion", None):  # the hook may run again over its own settings
+        return not seen.records_graphs
+    return model.enforce_eager or vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
+
+
+def turn_end_token_id(vllm_config: "VllmConfig") -> int:
+    """Of the family's end-of-turn token; -1 if there is none. Published configs do not name it, the tokenizer does."""
     model = vllm_config.model_config
     turn_end = getattr(model.hf_config, "eot_token_id", None)
     if turn_end is None and not model.skip_tokenizer_init:
         from vllm.tokenizers import cached_tokenizer_from_config
 
         turn_end = cached_tokenizer_from_config(model).get_vocab().get(family_of(model.architecture).turn_end)
-    model.hf_config.turn_end_token_id = -1 if turn_end is None else turn_end
+    return -1 if turn_end is None else turn_end

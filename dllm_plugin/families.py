@@ -1,40 +1,59 @@
-"""What is known of a model family beyond its config.json. Standard library only."""
+"""What is known of a model family beyond its config.json, one record each. Standard library only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from dllm_plugin.params import DiffusionParams
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
     """One diffusion language model family.
 
-    ``shifted``: the logits at position i predict token i + 1, as in an autoregressive model (Dream); otherwise they
-    predict token i (LLaDA). ``remasking``: the policy used when a request names none. ``turn_end``: the special token
-    that ends an answer before the padding of EOS begins; LLaDA's ``confidence`` suppression holds it back with EOS.
+    ``architectures``: what config.json calls it, which is what a family is known by; never by ``model_type`` alone, which
+    families share. ``adapter`` and ``config``: classes as module:name; vLLM imports the first where the model runs.
+    ``defaults``: decoding parameters of a request that gives none. ``shifted``: the logits at position i predict token i + 1,
+    as in an autoregressive model (Dream); otherwise they predict token i (LLaDA). ``turn_end``: the special token that ends
+    an answer before the padding of EOS begins; LLaDA's ``confidence`` suppression holds it back with EOS.
+    ``prefix_stands_alone``: keys and values of a prefix do not depend on what follows, so that requests may share them.
     """
 
     name: str
-    shifted: bool
-    remasking: str
+    architectures: tuple[str, ...]
+    adapter: str
+    config: str
     turn_end: str
+    shifted: bool = False
+    defaults: DiffusionParams = field(default_factory=DiffusionParams)
+    prefix_stands_alone: bool = False
 
 
-LLADA = Family("LLaDA", shifted=False, remasking="low_confidence", turn_end="<|eot_id|>")
-DREAM = Family("Dream", shifted=True, remasking="origin", turn_end="<|im_end|>")
-
-# The names published checkpoints carry (LLaDAModelLM, DreamModel) and ours.
-FAMILIES: dict[str, Family] = {
-    "LLaDAModelLM": LLADA,
-    "LLaDAForDiffusionLM": LLADA,
-    "DreamModel": DREAM,
-    "DreamForDiffusionLM": DREAM,
-}
+# The architectures are the names published checkpoints carry (LLaDAModelLM, DreamModel) and ours.
+FAMILIES = (
+    Family(
+        "LLaDA",
+        architectures=("LLaDAModelLM", "LLaDAForDiffusionLM"),
+        adapter="dllm_plugin.models.llada:LLaDAForDiffusionLM",
+        config="dllm_plugin.models.configs:LLaDAConfig",
+        turn_end="<|eot_id|>",
+    ),
+    Family(
+        "Dream",
+        architectures=("DreamModel", "DreamForDiffusionLM"),
+        adapter="dllm_plugin.models.dream:DreamForDiffusionLM",
+        config="dllm_plugin.models.configs:DreamConfig",
+        turn_end="<|im_end|>",
+        shifted=True,
+        defaults=DiffusionParams(remasking="origin"),
+    ),
+)
+ARCHITECTURES: dict[str, Family] = {name: family for family in FAMILIES for name in family.architectures}
 
 
 def family_of(architecture: str) -> Family:
     """The family of a HF architecture name. Raises ValueError for one that is not a diffusion language model."""
-    if architecture not in FAMILIES:
+    if architecture not in ARCHITECTURES:
         raise ValueError(
-            f"{architecture} is not a diffusion language model known to dllm_plugin (known: {', '.join(FAMILIES)}); "
+            f"{architecture} is not a diffusion language model known to dllm_plugin (known: {', '.join(ARCHITECTURES)}); "
             "serve it without --worker-cls dllm_plugin.worker.DiffusionWorker"
         )
-    return FAMILIES[architecture]
+    return ARCHITECTURES[architecture]

@@ -1,5 +1,7 @@
 """What ``register`` does, once its process imports vLLM: configs, architectures, tokenizer, renderer, config hook."""
 
+import pkgutil
+
 from dllm_plugin.compat import check_vllm_version
 
 TOKENIZER_MODE = "dllm_plugin"  # by which vLLM finds the renderer, and a tokenizer that goes with it
@@ -16,18 +18,18 @@ def register_all() -> None:
     from vllm.tokenizers.registry import TokenizerRegistry
 
     from dllm_plugin.engine_config import DiffusionEngineConfig
-    from dllm_plugin.models import ARCHITECTURES
-    from dllm_plugin.models.configs import DreamConfig, LLaDAConfig
+    from dllm_plugin.families import FAMILIES
     from dllm_plugin.models.dream_tokenizer import register_dream_tokenizer
 
-    for config in (DreamConfig, LLaDAConfig):
-        AutoConfig.register(config.model_type, config, exist_ok=True)
     register_dream_tokenizer()
     if TOKENIZER_MODE not in RENDERER_REGISTRY.renderers:
         TokenizerRegistry.register(TOKENIZER_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
         RENDERER_REGISTRY.register(TOKENIZER_MODE, "dllm_plugin.renderer", "DiffusionRenderer")
-    for architecture, location in ARCHITECTURES.items():
-        # a string: vLLM imports the class only in the process that runs the model
-        if architecture not in ModelRegistry.get_supported_archs():
-            ModelRegistry.register_model(architecture, location)
-        MODELS_CONFIG_MAP[architecture] = DiffusionEngineConfig
+    for family in FAMILIES:
+        config = pkgutil.resolve_name(family.config)
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        for architecture in family.architectures:
+            # a string: vLLM imports the class only in the process that runs the model
+            if architecture not in ModelRegistry.get_supported_archs():
+                ModelRegistry.register_model(architecture, family.adapter)
+            MODELS_CONFIG_MAP[architecture] = DiffusionEngineConfig

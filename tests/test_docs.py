@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dllm_plugin import cli
-from dllm_plugin.families import FAMILIES
+from dllm_plugin.families import ARCHITECTURES
 from dllm_plugin.params import PREFIX, RULES
 
 ROOT = Path(__file__).parent.parent
@@ -95,7 +95,7 @@ def test_the_parameter_table_is_that_of_the_code() -> None:
 
 
 def test_every_architecture_is_named() -> None:
-    for architecture in FAMILIES:
+    for architecture in ARCHITECTURES:
         assert f"`{architecture}`" in README
 
 

@@ -6,6 +6,7 @@ An error names the rule, the value and a remedy. Requests are refused at admissi
 import json
 import pickle
 import re
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -33,10 +34,13 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.request import Request, RequestStatus
 
 from dllm_plugin import admission, engine_config
-from dllm_plugin.families import FAMILIES, family_of
+from dllm_plugin.families import ARCHITECTURES, family_of
+from dllm_plugin.params import DiffusionParams
+from dllm_plugin.settings import EngineSettings
 
 PROMPT = [11, 12, 13]
-check = partial(admission.check_sampling_params, vocab_size=331, max_model_len=512)
+SETTINGS = EngineSettings("LLaDAModelLM", DiffusionParams(), 331, 512, 2048, -1, True)
+check = partial(admission.check_sampling_params, settings=SETTINGS)
 KEPT: list = []  # closing an engine takes vLLM's process groups from the others
 
 
@@ -223,12 +227,18 @@ def test_a_session_of_streamed_prompts_ends_with_an_error():
     assert "session" not in scheduler(llm).requests and "session" not in scheduler(llm).denoising
 
 
-def test_the_admission_class_of_a_model_travels_by_name():
-    name = admission.admission_for(331, 512).partition(":")[2]
-    loaded = pickle.loads(pickle.dumps(getattr(admission, name)))
-    assert (loaded.vocab_size, loaded.max_model_len) == (331, 512) and loaded is getattr(admission, name)
-    with pytest.raises(AttributeError, match="has no attribute 'DiffusionAdmission_1_x'"):
-        _ = admission.DiffusionAdmission_1_x
+def test_the_admission_class_of_an_engine_travels_with_its_settings():
+    made = admission.admission_for(SETTINGS)
+    assert made.settings is SETTINGS and pickle.loads(pickle.dumps(made)) is made
+    assert pickle.loads(pickle.dumps(admission.DiffusionAdmission)) is admission.DiffusionAdmission
+
+
+def test_admission_knows_the_defaults_of_its_engine():
+    """Two steps cannot unmask four blocks; where a threshold of the engine says how many they are, steps are unused."""
+    asked = SamplingParams(max_tokens=16, extra_args={"diffusion_steps": 2, "diffusion_block_length": 4})
+    admission.check_sampling_params(asked, replace(SETTINGS, defaults=DiffusionParams(threshold=0.9)))
+    with pytest.raises(ValueError, match="2 steps cannot unmask 4 blocks"):
+        admission.check_sampling_params(asked, SETTINGS)
 
 
 def test_whatever_a_tokenizer_raises_ends_its_request_alone(monkeypatch):
@@ -309,7 +319,7 @@ def test_engine_wide_defaults_are_used():
     outputs, _ = drive(llm, [(PROMPT, plain), (PROMPT, own)])
     cases = [Case("llada", "entropy", 16, steps=steps, prompt=tuple(PROMPT), canvas=12) for steps in (4, 12)]
     assert [difference(case, output) for case, output in zip(cases, outputs, strict=True)] == ["", ""]
-    assert [num_forwards(output) for output in outputs] == [6, 16]
+    assert [num_forwards(output) for output in outputs] == [6, 14]
 
 
 @pytest.mark.parametrize("checkpoint, policy", [("llada", "low_confidence"), ("dream", "origin")])
@@ -418,7 +428,7 @@ def test_refused_configurations(name):
         {"parallel_config__worker_cls": engine_config.WORKER},
         {"scheduler_config__scheduler_cls": engine_config.SCHEDULER},
         {"scheduler_config__async_scheduling": False},
-        {"model_config__logits_processors": [admission.admission_for(331, 512)]},
+        {"model_config__logits_processors": [admission.admission_for(SETTINGS)]},
     ],
     ids=str,
 )
@@ -508,7 +518,7 @@ def test_who_switches_graphs_off_has_none(settings, wanted):
     """vLLM's own are off for everyone, so that its flag would not say any more who asked."""
     model_config = engine_with("llada", **settings).llm_engine.vllm_config.model_config
     assert model_config.enforce_eager
-    assert model_config.hf_config.cuda_graphs is wanted
+    assert model_config.diffusion.records_graphs is wanted
 
 
 def test_our_worker_with_another_model():
@@ -524,7 +534,7 @@ def test_our_worker_with_another_model():
 def test_family_of_names_the_families():
     with pytest.raises(ValueError) as error:
         family_of("GPT2LMHeadModel")
-    assert all(name in str(error.value) for name in FAMILIES)
+    assert all(name in str(error.value) for name in ARCHITECTURES)
 
 
 # ---- checkpoints

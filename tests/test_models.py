@@ -23,7 +23,7 @@ from helpers import (
 from reference.model import load
 from vllm import SamplingParams
 
-from dllm_plugin.models import ARCHITECTURES
+from dllm_plugin.families import ARCHITECTURES
 from dllm_plugin.models.dream import DreamForDiffusionLM
 from dllm_plugin.models.llada import LLaDAForDiffusionLM
 
@@ -285,7 +285,7 @@ def test_architecture_names(architecture):
     llm = new_engine(path)
     KEPT.append(llm)
     assert llm.model_config.architecture == architecture
-    assert type(model_runner(llm).model).__name__ == ARCHITECTURES[architecture].rpartition(":")[2]
+    assert type(model_runner(llm).model).__name__ == ARCHITECTURES[architecture].adapter.rpartition(":")[2]
     # the weights are those of the checkpoint of this family
     case = Case(family, "low_confidence", 6, prompt=5)
     assert not difference(case, drive(llm, [case.request])[0][0])

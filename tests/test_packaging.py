@@ -102,7 +102,7 @@ def test_modules_import_only_what_their_place_allows(file: Path) -> None:
     if place == "kernels":  # they run on a machine that has no vLLM
         assert not [name for name in imports_of(file) if name.split(".")[0] in ("vllm", "transformers")]
         assert all(name.startswith("dllm_plugin.kernels") for name in ours)
-    if place not in ("models", "plugin.py"):  # vLLM finds the adapters through the strings of ARCHITECTURES
+    if place not in ("models", "plugin.py"):  # vLLM finds the adapters by the names in `families`
         assert not [name for name in ours if name.startswith("dllm_plugin.models")]
     assert not [name for name in imports_of(file) if name.split(".")[0] in ("d2fengine", "diffulex")]
 
@@ -110,7 +110,7 @@ def test_modules_import_only_what_their_place_allows(file: Path) -> None:
 def test_register_twice_is_harmless() -> None:
     from vllm import ModelRegistry
 
-    from dllm_plugin.models import ARCHITECTURES
+    from dllm_plugin.families import ARCHITECTURES
 
     dllm_plugin.register()
     registered = ModelRegistry.get_supported_archs()

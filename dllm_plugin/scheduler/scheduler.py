@@ -22,13 +22,12 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from dllm_plugin.compat import end_with_error
-from dllm_plugin.engine_config import engine_defaults, most_tokens_of_a_step
-from dllm_plugin.families import family_of
 from dllm_plugin.kernels import philox
 from dllm_plugin.params import HOLE, DiffusionParams, parse_request
 from dllm_plugin.scheduler.output import Canvas, DiffusionModelRunnerOutput, DiffusionSchedulerOutput
 from dllm_plugin.scheduler.turns import Turns
 from dllm_plugin.scheduler.window import Plan, Window, make_plan
+from dllm_plugin.settings import settings_of
 
 # Steps that run between two calls of the scheduler, and how long a request that arrives may have to wait for them.
 MOST_STEPS, MOST_SECONDS = 8, 0.25
@@ -59,8 +58,7 @@ class DiffusionScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.defaults = engine_defaults(self.vllm_config)
-        self.shift = int(family_of(self.vllm_config.model_config.architecture).shifted)
+        self.settings = settings_of(self.vllm_config)
         self.denoising: dict[str, Denoising] = {}
         self._draw_seed = random.Random(self.vllm_config.model_config.seed).getrandbits
         self._turns = Turns(self.max_num_scheduled_tokens)
@@ -78,7 +76,7 @@ class DiffusionScheduler(Scheduler):
         if request.request_id not in self.requests:
             try:
                 denoising = self._begin_denoising(
-                    request, parse_request(request.sampling_params.extra_args, self.defaults)
+                    request, parse_request(request.sampling_params.extra_args, self.settings.defaults)
                 )
             except Exception as error:
                 # only known with prompt and model at hand; an exception here would end the engine for everyone, so
@@ -89,7 +87,7 @@ class DiffusionScheduler(Scheduler):
                 # what follows the first prompt of a session is kept there and never read
                 request.resumable, request.streaming_queue = False, deque()
                 request.priority = 0
-                denoising = self._begin_denoising(request, DiffusionParams(remasking=self.defaults.remasking))
+                denoising = self._begin_denoising(request, DiffusionParams(remasking=self.settings.defaults.remasking))
             self.denoising[request.request_id] = denoising
             request.spec_decode_metrics = RequestSpecDecodeMetrics.new(denoising.plan.next_canvas_length)
         super().add_request(request)
@@ -193,13 +191,13 @@ class DiffusionScheduler(Scheduler):
         if type(request.priority) is not int:  # the queue could not compare it
             raise ValueError(f"priority must be an integer, got {request.priority!r}; leave it out")
         suffix_ids = self._suffix_ids(params)
-        vocab_size = self.vllm_config.model_config.get_vocab_size()
+        vocab_size = self.settings.vocab_size
         if outside := [token for token in (*suffix_ids, *params.template) if token >= vocab_size]:
             raise ValueError(f"diffusion_suffix or diffusion_template holds token {outside[0]} of {vocab_size}")
         num_prompt = request.num_prompt_tokens
         longest = self.max_model_len
         if params.cfg_scale > 0:
-            longest = min(longest, most_tokens_of_a_step(self.vllm_config) // 2)
+            longest = min(longest, self.settings.most_tokens // 2)
         limit = min(num_prompt + request.max_tokens, longest - len(suffix_ids))
         if limit - num_prompt < max(1, len(params.template)):
             raise ValueError(
@@ -212,7 +210,7 @@ class DiffusionScheduler(Scheduler):
         watched = sampling.output_kind != RequestOutputKind.FINAL_ONLY or sampling.stop or sampling.repetition_detection
         seed = self._draw_seed(63) if sampling.seed is None else philox.signed_64_bits(sampling.seed)
         return Denoising(
-            plan=make_plan(params, num_prompt, limit, self.shift, len(suffix_ids), seed),
+            plan=make_plan(params, num_prompt, limit, self.settings.shift, len(suffix_ids), seed),
             suffix_ids=suffix_ids,
             seed=seed,
             unwatched=not watched,
@@ -271,7 +269,7 @@ class DiffusionScheduler(Scheduler):
             params=replace(plan.params, suffix=(), template=()),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            top_k=min(sampling.top_k, self.vllm_config.model_config.get_vocab_size()),
+            top_k=min(sampling.top_k, self.settings.vocab_size),
             seed=denoising.seed,
         )
 

@@ -11,7 +11,7 @@ from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
-from dllm_plugin.engine_config import most_tokens_of_a_step
+from dllm_plugin.settings import settings_of
 from dllm_plugin.worker.batch import StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
 
@@ -30,7 +30,7 @@ class AdapterMixin(LoRAModelRunnerMixin):
         # guidance forwards a second copy of a window, which vLLM's buffers for tokens and sequences must hold too
         config.scheduler_config = scheduler = copy.copy(vllm_config.scheduler_config)
         scheduler.max_num_seqs *= 2
-        scheduler.max_num_batched_tokens = most_tokens_of_a_step(vllm_config)
+        scheduler.max_num_batched_tokens = settings_of(vllm_config).most_tokens
         if not current_platform.is_cpu():
             return super().load_lora_model(model, config, device)
         config.lora_config = replace(lora, max_loras=lora.max_loras + 1, max_cpu_loras=lora.max_cpu_loras + 1)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 import torch
 from vllm.config import VllmConfig
 
+from dllm_plugin.settings import settings_of
 from dllm_plugin.worker.batch import Layout, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
 
@@ -58,7 +59,7 @@ class StepGraphs:
         on_gpu = store.device.type == "cuda"
         self.enabled = (
             on_gpu
-            and vllm_config.model_config.hf_config.cuda_graphs
+            and settings_of(vllm_config).records_graphs
             and vllm_config.parallel_config.world_size == 1
             and vllm_config.lora_config is None
         )

@@ -18,13 +18,12 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.utils import allocate_kv_cache
 
 from dllm_plugin.attention import DiffusionAttention, FullWindows, WindowBatch
-from dllm_plugin.engine_config import most_tokens_of_a_step
-from dllm_plugin.families import family_of
 from dllm_plugin.kernels.confidence import confidence
 from dllm_plugin.kernels.filter import filter_top_k_top_p
 from dllm_plugin.kernels.unmask import Unmasked, unmask
 from dllm_plugin.policies import RANKINGS
 from dllm_plugin.scheduler.output import DiffusionSchedulerOutput
+from dllm_plugin.settings import settings_of
 from dllm_plugin.worker.adapters import AdapterMixin
 from dllm_plugin.worker.batch import BatchBuilder, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
@@ -53,14 +52,14 @@ class DiffusionModelRunner(AdapterMixin):
         self.num_forward_passes = 0
         self.rows_at_once = 0  # rows whose logits are in memory together
         self.steps_unread = int(device.type == "cuda")
-        config = self.model_config.hf_config
+        config, self.settings = self.model_config.hf_config, settings_of(vllm_config)
         self.state = CanvasStore(
             mask_token_id=config.mask_token_id,
             eos_token_id=config.eos_token_id,
-            turn_end_token_id=config.turn_end_token_id,
+            turn_end_token_id=self.settings.turn_end_token_id,
             device=device,
         )
-        self.batches = BatchBuilder(self.state, shift=int(family_of(self.model_config.architecture).shifted))
+        self.batches = BatchBuilder(self.state, shift=self.settings.shift)
 
     # ---- one denoising step
 
@@ -284,7 +283,7 @@ class DiffusionModelRunner(AdapterMixin):
     @torch.inference_mode()
     def profile_run(self, randomize_inputs: bool = False) -> None:
         """The largest step there is, and one chunk of logits with guidance."""
-        num_tokens = most_tokens_of_a_step(self.vllm_config)
+        num_tokens = self.settings.most_tokens
         length = self.model_config.max_model_len
         query_start_loc = [*range(0, num_tokens, length), num_tokens]
         full = FullWindows(

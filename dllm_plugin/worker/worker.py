@@ -10,7 +10,7 @@ from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from dllm_plugin.families import family_of
+from dllm_plugin.settings import settings_of
 from dllm_plugin.worker.model_runner import DiffusionModelRunner
 
 if current_platform.is_cpu():
@@ -26,7 +26,7 @@ class DiffusionWorker(_PlatformWorker):
     """
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        family_of(vllm_config.model_config.architecture)
+        settings_of(vllm_config)
         super().__init__(vllm_config, *args, **kwargs)
         # our runner is neither of vLLM's two; this keeps the branches of the second one off
         self.use_v2_model_runner = False
