@@ -167,9 +167,8 @@ def _greedy(x: Tensor, no_choice: Tensor | None) -> Tensor:
     token = first_argmax(x)
     if no_choice is not None:
         forbidden = (token.cpu().numpy()[:, None] == no_choice.cpu().numpy()).any(1)
-        if forbidden.any():
-            for row in torch.from_numpy(forbidden.nonzero()[0]).to(x.device).split(_rows_per_copy(x)):
-                token[row] = first_argmax(allow(x[row], no_choice[row]))
+        for row in _copied_rows(torch.from_numpy(forbidden).to(x.device), x):
+            token[row] = first_argmax(allow(x[row], no_choice[row]))
     return token
 
 
@@ -184,7 +183,7 @@ def _sample(
 ) -> Tensor:
     """Gumbel-max samples in the rows that have a temperature, the greedy token in the others."""
     token = greedy.clone()
-    for row in temperature.nonzero().squeeze(1).split(_rows_per_copy(x)):
+    for row in _copied_rows(temperature, x):
         noised = allow(x[row], None if no_choice is None else no_choice[row])
         add_noise(noised, temperature[row], seed[row], position[row], step[row])
         token[row] = first_argmax(noised)
@@ -247,6 +246,12 @@ def rows_per_block(vocab: int) -> int:
     vocabulary of 250,000: torch sums a single row over threads, in another order than one of many, and the entropy would
     lose its bits."""
     return max(_SCRATCH_BYTES // (4 * vocab) - 1, 2)
+
+
+def _copied_rows(asked: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """Indices of the rows of `x` that ask, as many at a time as may be copied; nothing where none does."""
+    rows = asked.nonzero().squeeze(1)
+    return rows.split(_rows_per_copy(x)) if len(rows) else ()  # `split` makes one empty part of no rows
 
 
 def _rows_per_copy(x: Tensor) -> int:
