@@ -239,14 +239,17 @@ def test_blocks_of_rows_change_nothing(data):
         # the likeliest column and another, where the row asks
         return torch.stack((torch.where(asked(name), best, -1), torch.where(asked(name), best * 0 + 3, vocab)), 1)
 
-    no_choice, no_mass = option("no_choice", lambda: two_ids("no_choice")), option("no_mass", lambda: two_ids("no_mass"))
+    no_choice, no_mass = (
+        option("no_choice", lambda: two_ids("no_choice")),
+        option("no_mass", lambda: two_ids("no_mass")),
+    )
     temperature = option("temperature", lambda: torch.where(asked("temperature"), 0.7, 0.0))
     tempered = None if temperature is None else option("tempered", lambda: asked("tempered"))
     row = torch.arange(rows)
     noise = (None,) * 3 if temperature is None else (row * 10**10, row + 3, row % 2)
     arguments = (logits, no_choice, no_mass, temperature, tempered, noise, True, True, True)
     whole = confidence_reference(*arguments)
-    for size in (2, 3):
+    for size in (1, 2, 3):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(MODULE, "_SCRATCH_BYTES", 4 * vocab * (size + 1))
             assert MODULE.rows_per_block(vocab) == size
@@ -255,6 +258,21 @@ def test_blocks_of_rows_change_nothing(data):
             torch.testing.assert_close(
                 getattr(got, name), getattr(whole, name), rtol=0, atol=0, equal_nan=True, msg=f"{name}, {size} rows"
             )
+
+
+def test_a_row_has_the_same_bits_in_any_block(monkeypatch, threads):
+    """torch splits a sum of at least 32,768 numbers over threads, where they are those of a single row."""
+    logits, vocab = torch.randn(7, 40_001) * 3, 40_001
+    arguments = (None, None, None, None, (None,) * 3, True, True, True)
+    whole = confidence_reference(logits, *arguments)
+    alone = [confidence_reference(row, *arguments) for row in logits.split(1)]
+    for name in STATISTICS:
+        assert torch.equal(torch.cat([getattr(row, name) for row in alone]), getattr(whole, name)), name
+    for size in (1, 2, 3):
+        monkeypatch.setattr(MODULE, "_SCRATCH_BYTES", 4 * vocab * (size + 1))
+        got = confidence_reference(logits, *arguments)
+        for name in STATISTICS:
+            assert torch.equal(getattr(got, name), getattr(whole, name)), (name, size)
 
 
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 50), (33, 129), (7, 126_464), (3, 250_001)])
