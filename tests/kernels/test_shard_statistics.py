@@ -42,14 +42,17 @@ def test_merge(implementation, bounds, sampled):
 
 @given(st.data())
 def test_kernel_agrees_with_reference_on_any_shards(data):
-    rows, vocab = data.draw(st.integers(1, 3)), data.draw(st.integers(4, 60))
+    rows, vocab = data.draw(st.integers(0, 3)), data.draw(st.integers(4, 60))
     logits = torch.randn(rows, vocab).to(torch.bfloat16) * data.draw(st.sampled_from([1, 8]))  # bf16: ties are common
     bounds = sorted({0, vocab, *data.draw(st.lists(st.integers(1, vocab - 1), max_size=3))})
     banned = st.lists(st.integers(-1, vocab - 1), min_size=2, max_size=2)
-    no_choice, no_mass = (torch.tensor([data.draw(banned) for _ in range(rows)]) for _ in range(2))
+    no_choice, no_mass = (
+        torch.tensor([data.draw(banned) for _ in range(rows)], dtype=torch.int64).view(rows, 2) for _ in range(2)
+    )
     mass, options, row = {"no_mass": no_mass}, {"no_choice": no_choice}, torch.arange(rows)
     if data.draw(st.booleans()):
-        mass |= {"temperature": torch.full((rows,), 0.7), "tempered": row % 2 == 0}
+        temperature = torch.tensor([data.draw(st.sampled_from([0.0, 0.7])) for _ in range(rows)])
+        mass |= {"temperature": temperature, "tempered": row % 2 == 0}
         options |= {"seed": row + 10**11, "position": row, "step": row}
     whole = confidence(logits, **mass, **options, log_probability=True, margin=True, entropy=True)
     shards = [(first, logits[:, first:last]) for first, last in pairwise(bounds)]
