@@ -5,7 +5,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm_plugin.kernels import filter_top_k_top_p
@@ -80,6 +80,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch, threads):
         assert torch.equal(filter_top_k_top_p(*arguments, no_choice=no_choice), whole)
 
 
+@settings(max_examples=100)
 @given(data=st.data())
 def test_rows_that_ask_for_nothing_beside_those_that_do(data):
     """In blocks where none, one or all ask for a filter, and in no rows at all. Every number keeps its bits."""
