@@ -271,3 +271,23 @@ def test_requests_side_by_side_give_what_each_gives_alone(llada: Server) -> None
     with ThreadPoolExecutor(2 * len(mixed)) as threads:
         together = [*threads.map(lambda request: complete(llada, **request).choices[0].text, mixed * 2)]
     assert together == alone * 2
+
+
+def test_more_rows_than_a_block_of_the_choice(llada: Server) -> None:
+    """Nine canvases have more rows than two blocks of 2 MB hold: one of the blocks has no row of the request that samples."""
+    long = {
+        "max_tokens": 490,
+        "extras": {"diffusion_steps": 16},
+        "extra": {"return_token_ids": True, "ignore_eos": True},
+    }
+    mixed = [{"prompt": "Reverse", "temperature": 1.0, "seed": 7}, *({"prompt": text} for text in "abcdefgh")]
+
+    def answer(request: dict[str, Any]) -> list[int]:
+        return complete(llada, **(long | request)).choices[0].token_ids
+
+    alone = [answer(request) for request in mixed]
+    with ThreadPoolExecutor(len(mixed)) as threads:
+        together = [*threads.map(answer, mixed)]
+    assert [len(ids) for ids in together] == [490] * len(mixed)
+    assert together == alone
+    assert complete(llada).choices

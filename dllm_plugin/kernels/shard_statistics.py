@@ -35,6 +35,7 @@ from dllm_plugin.kernels.confidence import (
     launch_entropy,
     launch_statistics,
     rows_per_block,
+    sum_of_rows,
     temper,
 )
 from dllm_plugin.kernels.dispatch import refuse_devices, use_triton
@@ -115,7 +116,7 @@ def shard_entropy(
         x = logits[piece].to(torch.float32, copy=True)
         _keep_mass(x, vocab_start, *(None if t is None else t[piece] for t in (no_mass, temperature, tempered)))
         p = x.sub_(merged[piece, MAXIMUM, None]).exp_().div_(merged[piece, SUM, None])
-        entropies.append(-(p * (p + ENTROPY_EPSILON).log_()).sum(1))
+        entropies.append(-sum_of_rows(p * (p + ENTROPY_EPSILON).log_()))
     return torch.cat(entropies) if entropies else logits.new_empty(0, dtype=torch.float32)
 
 
@@ -141,7 +142,7 @@ def _statistics_reference(
     _keep_mass(x, vocab_start, no_mass, temperature, tempered)
     token_logit, best_logit = x.gather(1, token), x.gather(1, best)
     maximum = x.amax(1, keepdim=True)
-    total = (x - torch.where(maximum.isneginf(), 0.0, maximum)).exp_().sum(1, keepdim=True)
+    total = sum_of_rows((x - torch.where(maximum.isneginf(), 0.0, maximum)).exp_())[:, None]
     other = x.scatter_(1, best, float("-inf")).amax(1, keepdim=True)
     return torch.cat(
         (score, (token + vocab_start).float(), token_logit, maximum, total, best_score, best_logit, other), 1
