@@ -1,5 +1,5 @@
-"""Every strategy through the real engine, in float32 at temperature 0: the tokens and the number of forward passes are
-the reference decoders', whatever else is in the batch.
+"""Every strategy through the real engine, in float32: the tokens and the number of forward passes are the reference
+decoders', whatever else is in the batch. Above temperature 0 these are given the noise that the engine draws.
 
 The reference decoders, `reference/fast_dllm.py` and `reference/d2f.py`, share no code with the engine. All cases of a
 checkpoint are decoded together, sixteen at a time, and again alone.
@@ -46,10 +46,11 @@ class Case:
     prompt: int
     extras: dict[str, Any] = field(hash=False)
     eos: bool = False
+    sampling: dict[str, Any] = field(default_factory=dict, hash=False)  # vLLM's own: temperature, top_p, top_k
 
     @property
     def id(self) -> str:
-        extras = "-".join(f"{name}={value}".replace(" ", "") for name, value in self.extras.items())
+        extras = "-".join(f"{name}={value}".replace(" ", "") for name, value in (self.extras | self.sampling).items())
         return f"{self.checkpoint}-{self.tokens}tokens-prompt{self.prompt}-{extras}{'-until-eos' if self.eos else ''}"
 
     @property
@@ -59,7 +60,7 @@ class Case:
     @property
     def request(self) -> tuple[list[int], SamplingParams]:
         return self.prompt_ids, SamplingParams(
-            temperature=0.0,
+            **{"temperature": 0.0} | self.sampling,
             max_tokens=self.tokens,
             ignore_eos=not self.eos,
             seed=SEED,
@@ -72,16 +73,17 @@ class Case:
         """Whether the confidences of a step say how many it unmasks."""
         return "threshold" in self.extras or "factor" in self.extras or self.extras.get("remasking") == "origin"
 
-    def expected(self) -> decoding.Generation:
+    def expected(self, **more: Any) -> decoding.Generation:
         """What the reference decoder generates."""
-        model, prompt, settings = reference(self.checkpoint), self.prompt_ids, dict(self.extras)
+        model, prompt, settings = reference(self.checkpoint), self.prompt_ids, self.extras | self.sampling | more
         length = min(self.tokens, settings.pop("canvas_length", self.tokens))
+        noise = Noise(SEED, len(prompt), model.vocab_size)
         if settings.pop("strategy", "full") == "d2f":
             generate, steps = d2f.generate, 0
-            settings = {name.removeprefix("d2f_"): value for name, value in settings.items()}
+            settings = {name.removeprefix("d2f_"): value for name, value in settings.items() if name != "remasking"}
+            settings["gumbel"] = noise.gumbel
         else:
             generate, steps = fast_dllm.generate, settings.pop("steps", length)
-            noise = Noise(SEED, len(prompt), model.vocab_size)
             settings["uniforms"] = noise.origin_uniforms if settings["remasking"] == "origin" else noise.uniforms
             settings["suffix_ids"] = settings.pop("suffix", ())
         stop_ids = (model.eos_token_id,) if self.eos else ()
@@ -139,9 +141,9 @@ PARALLEL = ({"threshold": 0.5}, {"threshold": 0.2}, {"threshold": 0.05}, {"facto
             {"threshold": 1}, {"factor": 2})  # fmt: skip  # whole numbers are numbers
 
 
-def grid(checkpoint: str, shapes: tuple, *strategies: dict[str, Any], eos: bool = False) -> list[Case]:
+def grid(checkpoint: str, shapes: tuple, *strategies: dict[str, Any], eos: bool = False, **sampling: Any) -> list[Case]:
     return [
-        Case(checkpoint, tokens, prompt, strategy | extras, eos)
+        Case(checkpoint, tokens, prompt, strategy | extras, eos, sampling)
         for strategy in strategies
         for tokens, prompt, extras in shapes
     ]
@@ -284,6 +286,28 @@ UNTIL_EOS = [
     )
 ]
 
+SAMPLINGS = (
+    {"temperature": 0.2},
+    {"temperature": 0.5, "top_p": 0.9},
+    {"temperature": 0.7, "top_k": 6},
+    {"temperature": 1.2, "top_p": 0.6, "top_k": 9},
+    {"temperature": 0.9, "top_k": 1},  # every probability is 1, or of the mask, which is not chosen: 0
+)
+DRAWN = [
+    case
+    for family in FAMILIES
+    for sampling in SAMPLINGS
+    for case in (
+        *grid(family, ((24, 9, {}), (17, 1, {}), (40, 120, {}), (30, 7, {"canvas_length": 13})), *D2F[:4], **sampling),
+        *grid(family, ((24, 9, {"max_steps": 3}),), *D2F[:2], **sampling),
+        *grid(f"{family}-loud", ((24, 9, {}),), *D2F[::3], eos=True, **sampling),
+        # whatever the two policies that d2f admits do elsewhere
+        *grid(
+            family, ((24, 9, {}),), *({"remasking": r} | D2F[0] for r in ("low_confidence", "maskgit_plus")), **sampling
+        ),
+    )
+]
+
 # every probability of these is exactly 1, and 1 is not above a threshold of 1
 RANDOM_WEIGHTS |= {
     f"{family}-saturated": (family, {"seed": 3, "loud": dict.fromkeys(range(331), 1e3)}) for family in FAMILIES
@@ -299,7 +323,7 @@ SATURATED = [
     )
 ]
 
-ALL = SCHEDULED + PARALLEL_CASES + INFILLING + CANVASES + CAPPED + PIPELINED + UNTIL_EOS + SATURATED
+ALL = SCHEDULED + PARALLEL_CASES + INFILLING + CANVASES + CAPPED + PIPELINED + UNTIL_EOS + DRAWN + SATURATED
 assert len({case.id for case in ALL}) == len(ALL)
 
 
@@ -325,16 +349,8 @@ def test_alone_equals_together(checkpoint: str):
 
 def test_the_references_two_ways_agree():
     """D2F's cache is exact: the published cache gives what recomputing everything gives."""
-    for case in [case for case in PIPELINED + UNTIL_EOS if "strategy" in case.extras][::3]:
-        settings = {name.removeprefix("d2f_"): value for name, value in case.extras.items()}
-        settings.pop("strategy")
-        length = min(case.tokens, settings.pop("canvas_length", case.tokens))
-        model = reference(case.checkpoint)
-        stop_ids = (model.eos_token_id,) if case.eos else ()
-        with_cache, without = (
-            d2f.generate(model, case.prompt_ids, length, stop_ids=stop_ids, with_cache=cached, **settings)
-            for cached in (True, False)
-        )
+    for case in [case for case in PIPELINED + UNTIL_EOS + DRAWN if "strategy" in case.extras][::3]:
+        with_cache, without = (case.expected(with_cache=cached) for cached in (True, False))
         assert with_cache == without, case.id
 
 
@@ -459,7 +475,7 @@ def text_of(tokenizer: Any, token_ids: list[int]) -> str:
 
 
 def mixture(family: str, number: int = 28, seed: int = 5) -> list[Case]:
-    kinds = (SCHEDULED, PARALLEL_CASES, INFILLING, CANVASES, CAPPED, PIPELINED)
+    kinds = (SCHEDULED, PARALLEL_CASES, INFILLING, CANVASES, CAPPED, PIPELINED, DRAWN)
     draw = random.Random(seed)
     of_family = [[case for case in kind if case.checkpoint == family] for kind in kinds]
     return [draw.choice(of_family[i % len(kinds)]) for i in range(number)]

@@ -94,7 +94,8 @@ class CanvasStore:
 
     def _set_decoding(self, slot: int, canvas: Canvas) -> None:
         params = canvas.params
-        dream = params.remasking in DREAM_POLICIES
+        # zhijie-group/Discrete-Diffusion-Forcing:D2F-eval ranks with Dream's sampler on both families
+        dream = params.remasking in DREAM_POLICIES or params.strategy == "d2f"
         sampled = canvas.temperature > 0
         filtered = dream or sampled  # LLaDA's decoder has no filter, and greedy needs none
         self.temperature[slot] = canvas.temperature
