@@ -46,6 +46,9 @@ CASES = [
     Case(checkpoint, "low_confidence", 16, prompt=9, temperature=0.7, suppression=suppression)
     for checkpoint in ("llada-loud", "dream-loud")
     for suppression in ("logits", "confidence")
+] + [
+    Case("llada-padded", policy, 16, prompt=9, temperature=0.7, **filters)
+    for policy, filters in (("low_confidence", {}), ("entropy", {"top_p": 0.8}), ("maskgit_plus", {"top_k": 5}))
 ] + [  # the mask is often what a filter keeps
     Case("dream-loud", policy, 16, prompt=9, temperature=0.7, top_k=top_k)
     for policy in ("maskgit_plus", "topk_margin", "entropy", "origin")

@@ -323,7 +323,14 @@ SATURATED = [
     )
 ]
 
-ALL = SCHEDULED + PARALLEL_CASES + INFILLING + CANVASES + CAPPED + PIPELINED + UNTIL_EOS + DRAWN + SATURATED
+PADDED = [
+    *grid(
+        "llada-padded", SHAPES[:1], {"remasking": "low_confidence"} | CACHES[0], {"remasking": "entropy"} | CACHES[1]
+    ),
+    *grid("llada-padded", ((24, 9, {}),), D2F[0], **SAMPLINGS[1]),
+]
+
+ALL = SCHEDULED + PARALLEL_CASES + INFILLING + CANVASES + CAPPED + PIPELINED + UNTIL_EOS + DRAWN + SATURATED + PADDED
 assert len({case.id for case in ALL}) == len(ALL)
 
 
