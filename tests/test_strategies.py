@@ -5,6 +5,7 @@ The reference decoders, `reference/fast_dllm.py` and `reference/d2f.py`, share n
 checkpoint are decoded together, sixteen at a time, and again alone.
 """
 
+import copy
 import functools
 import itertools
 import math
@@ -25,6 +26,8 @@ from helpers import (
     scheduler,
 )
 from reference import d2f, decoding, fast_dllm
+from reference.model import ReferenceModel
+from torch import Tensor
 from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
 
@@ -86,10 +89,26 @@ class Case:
             generate, steps = fast_dllm.generate, settings.pop("steps", length)
             settings["uniforms"] = noise.origin_uniforms if settings["remasking"] == "origin" else noise.uniforms
             settings["suffix_ids"] = settings.pop("suffix", ())
+            if scale := settings.pop("cfg_scale", 0.0):
+                model = guided(model, scale, hidden=slice(len(prompt)))
         stop_ids = (model.eos_token_id,) if self.eos else ()
         return decoding.generate_canvases(
             generate, model, prompt, self.tokens, length, steps, stop_ids=stop_ids, **settings
         )
+
+
+def guided(model: ReferenceModel, scale: float, hidden: slice | list[int]) -> ReferenceModel:
+    """The model with its logits pushed away from those that it gives with the hidden positions masked."""
+
+    def logits_for_positions(ids: Tensor) -> Tensor:
+        copied = ids.clone()
+        copied[hidden] = model.mask_token_id
+        logits, without = model.logits_for_positions(ids), model.logits_for_positions(copied)
+        return without + (scale + 1) * (logits - without)
+
+    twin = copy.copy(model)
+    twin.logits_for_positions = logits_for_positions
+    return twin
 
 
 @functools.cache
@@ -203,6 +222,14 @@ INFILLING = [
         family,
         ((14, 9, {"block_length": 4, "template": TEMPLATE}),),
         {"remasking": by_probability(family), "threshold": 0.2} | cache,
+    )
+]
+GUIDED = [
+    case
+    for family in FAMILIES
+    for given in ({"template": TEMPLATE}, {"suffix": SUFFIX}, {"template": TEMPLATE, "suffix": SUFFIX})
+    for case in grid(
+        family, ((14, 9, {"block_length": 4}),), {"remasking": by_probability(family), "cfg_scale": 1.5} | given
     )
 ]
 CANVASES = [
@@ -330,7 +357,19 @@ PADDED = [
     *grid("llada-padded", ((24, 9, {}),), D2F[0], **SAMPLINGS[1]),
 ]
 
-ALL = SCHEDULED + PARALLEL_CASES + INFILLING + CANVASES + CAPPED + PIPELINED + UNTIL_EOS + DRAWN + SATURATED + PADDED
+ALL = (
+    SCHEDULED
+    + PARALLEL_CASES
+    + INFILLING
+    + GUIDED
+    + CANVASES
+    + CAPPED
+    + PIPELINED
+    + UNTIL_EOS
+    + DRAWN
+    + SATURATED
+    + PADDED
+)
 assert len({case.id for case in ALL}) == len(ALL)
 
 
@@ -476,6 +515,33 @@ def test_text_is_what_stands_between_prompt_and_suffix(checkpoint: str, cache: s
 def text_of(tokenizer: Any, token_ids: list[int]) -> str:
     """vLLM holds back the bytes of a character that is not complete; a tokenizer shows them as U+FFFD."""
     return tokenizer.decode(token_ids, skip_special_tokens=True).rstrip("\ufffd")
+
+
+@pytest.mark.parametrize("case", GUIDED, ids=lambda case: case.id)
+def test_guidance_hides_the_prompt_alone(case: Case):
+    """Fast-dLLM hides all that is given: with suffix and pinned tokens hidden too, the answer is another one."""
+    template, suffix, start = case.extras.get("template", ()), case.extras.get("suffix", ()), case.prompt
+    pinned = [start + i for i, token in enumerate(template) if token != HOLE]
+    hidden = [*range(start), *pinned, *range(start + case.tokens, start + case.tokens + len(suffix))]
+    settings = {name: value for name, value in case.extras.items() if name not in ("cfg_scale", "suffix")}
+    model = guided(reference(case.checkpoint), case.extras["cfg_scale"], hidden)
+    published = fast_dllm.generate(model, case.prompt_ids, case.tokens, case.tokens, suffix_ids=suffix, **settings)
+    assert published.tokens != expected(case).tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_factor_makes_no_exception_for_the_last_rank(family: str, monkeypatch):
+    """Fast-dLLM's loop takes it where it alone fails, and needs another number of passes."""
+    admitted = fast_dllm.admitted
+
+    def published(confidence: Tensor, factor: float) -> int:
+        number = admitted(confidence, factor)
+        return len(confidence) if number == len(confidence) - 1 else number
+
+    cases = [case for case in PARALLEL_CASES if case.checkpoint == family and "factor" in case.extras]
+    ours = [expected(case) for case in cases]
+    monkeypatch.setattr(fast_dllm, "admitted", published)
+    assert sum(case.expected() != want for case, want in zip(cases, ours, strict=True)) >= 3
 
 
 # ---- company
