@@ -53,7 +53,8 @@ RANDOM_WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dream": ("dream", {"seed": 3}),
     "llada-tied": ("llada", {"seed": 7, "weight_tying": True, "n_kv_heads": 4, "vocab_size": 327}),
     "dream-tied": ("dream", {"seed": 7, "tie_word_embeddings": True, "num_key_value_heads": 1, "vocab_size": 327}),
-    # the mask, EOS and the end of turn are often the model's first choice
+    # what pads the vocabulary is often the model's first choice, as are EOS, the mask and the end of turn below
+    "llada-padded": ("llada", {"seed": 5, "embedding_size": 344, "loud": dict.fromkeys(range(331, 344), 2.0)}),
     "llada-loud": ("llada", {"seed": 4, "loud": {MASK: 3.0, EOS: 2.5, TURN_END: 2.0}}),
     "dream-loud": ("dream", {"seed": 4, "loud": {MASK: 3.0, EOS: 2.5, TURN_END: 2.0}}),
 }

@@ -608,6 +608,7 @@ def test_config_of_another_structure(broken, family, change):
         ("dream", {"mask_token_id": -1}, "mask_token_id must be one token id"),
         ("dream", {"rope_theta": "x"}, "rope_theta must be a positive number, got 'x'"),
         ("llada", {"rms_norm_eps": 0}, "rms_norm_eps must be a positive number, got 0"),
+        ("llada", {"embedding_size": 330}, "embedding_size must be an integer of at least vocab_size 331, got 330"),
         ("llada", {"activation_type": "gelu"}, "activation_type='gelu'"),
         ("dream", {"use_sliding_window": True}, "use_sliding_window=True"),
         (

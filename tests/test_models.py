@@ -1,6 +1,7 @@
 """The adapters: logits against a plain model, where bfloat16 rounds, names and shapes of published checkpoints."""
 
 import functools
+import shutil
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -20,14 +21,16 @@ from helpers import (
     reference,
     write_checkpoint,
 )
+from reference import llada
 from reference.model import load
+from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 
 from dllm_plugin.families import ARCHITECTURES
 from dllm_plugin.models.dream import DreamForDiffusionLM
 from dllm_plugin.models.llada import LLaDAForDiffusionLM
 
-CHECKPOINTS = ("llada", "dream", "llada-tied", "dream-tied", "tiny-llada", "tiny-dream")
+CHECKPOINTS = ("llada", "dream", "llada-tied", "dream-tied", "llada-padded", "tiny-llada", "tiny-dream")
 KEPT: list = []  # closing an engine takes vLLM's process groups from the others
 
 
@@ -80,26 +83,26 @@ def test_logits(checkpoint, num_requests):
         assert (logits - expected).abs().max() <= 1e-4
 
 
-@torch.inference_mode()
-def test_logits_of_a_padded_embedding():
-    """embedding_size above vocab_size, as LLaDA's config allows: the columns behind the vocabulary are no tokens."""
-    path = write_checkpoint("llada", "padded", embedding_size=344, seed=5)
-    llm = new_engine(path)
+def test_text_of_what_pads_the_vocabulary(tmp_path):
+    """embedding_size above vocab_size: a row behind the vocabulary is chosen as any other, and has no text."""
+    padded = tmp_path / "padded"
+    shutil.copytree(folder("tiny-llada"), padded)
+    weights = load_file(padded / "model.safetensors")
+    for name in ("model.transformer.wte.weight", "model.transformer.ff_out.weight"):
+        if name in weights:
+            weights[name] = torch.cat([weights[name], 1.1 * weights[name][32:96]])
+    save_file(weights, padded / "model.safetensors")
+    vocabulary = reference("tiny-llada").vocab_size
+    edit_config(padded, embedding_size=vocabulary + 64)
+    llm = new_engine(padded)
     KEPT.append(llm)
-    plain = load(path)
-    ((ids, hidden),) = first_pass(llm, random_prompt(9, "padded"))
-    expected = plain.forward(ids.long())
-    logits = model_runner(llm).model.compute_logits(hidden)
-    assert (logits[:, : plain.vocab_size] - expected).abs().max() <= 1e-4
-    requests = [
-        (
-            random_prompt(9, "padded"),
-            SamplingParams(temperature=2.0, seed=seed, max_tokens=64, ignore_eos=True, detokenize=False),
-        )
-        for seed in range(8)
-    ]
-    outputs, _ = drive(llm, requests)
-    assert max(max(output.outputs[0].token_ids) for output in outputs) < plain.vocab_size
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    (output,) = llm.chat([{"role": "user", "content": "Reverse the word cat."}], params, use_tqdm=False)
+    want = llada.generate(load(padded), output.prompt_token_ids, 24, 24).tokens
+    assert list(output.outputs[0].token_ids) == want
+    known = [token for token in want if token < vocabulary]
+    assert len(known) < len(want)
+    assert output.outputs[0].text == llm.get_tokenizer().decode(known, skip_special_tokens=True)
 
 
 # ---- bfloat16

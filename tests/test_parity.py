@@ -17,6 +17,7 @@ from helpers import (
     MASK,
     POLICIES,
     RANDOM_WEIGHTS,
+    VOCABULARY,
     Case,
     difference,
     drive,
@@ -132,6 +133,12 @@ TIED_CASES = [
     Case(checkpoint, policy, 14, 6, 10, 8) for checkpoint in TIED for policy in POLICIES
 ]  # fmt: skip
 
+PADDED_CASES = [
+    Case("llada-padded", policy, tokens, block, prompt=9, cfg=cfg)
+    for policy in POLICIES
+    for tokens, block, cfg in ((16, 8, 0.0), (12, None, 1.0))
+]
+
 QUESTIONS = [question.text for question, _ in zip(tasks.stream("held_out", seed=5), range(6), strict=False)]
 TRAINED = ("tiny-llada", "tiny-dream")
 TRAINED_CASES = [
@@ -151,6 +158,7 @@ CASES = [
     *SUPPRESSION_CASES,
     *EOS_CASES,
     *TIED_CASES,
+    *PADDED_CASES,
     *TRAINED_CASES,
 ]
 assert len({case.id for case in CASES}) == len(CASES)
@@ -204,6 +212,12 @@ def test_in_company(checkpoint, company):
     # the company was kept
     assert max(running) >= (min(size, 16) - 4 if pause == 0 else 2)
     assert len(set(running)) > (2 if size > 2 else 1)
+
+
+@tables(PADDED_CASES)
+def test_what_pads_the_vocabulary_is_chosen(case):
+    """Otherwise the parity above would not tell its columns from none."""
+    assert any(token >= VOCABULARY for token in expected(case).tokens)
 
 
 def test_the_order_of_requests_does_not_matter():

@@ -1,9 +1,23 @@
 """Sampling: seeds, noise that depends on nothing but the request, and the distribution of what is drawn."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
-from helpers import MASK, VOCABULARY, Case, difference, drive, engine, folder, new_engine, random_prompt, reference
+from helpers import (
+    MASK,
+    VOCABULARY,
+    Case,
+    difference,
+    drive,
+    engine,
+    expected,
+    folder,
+    new_engine,
+    random_prompt,
+    reference,
+)
 from scipy.stats import binomtest, chisquare
 from vllm import SamplingParams
 
@@ -34,6 +48,8 @@ CASES = [
         {"policy": "topk_margin", "top_p": 0.6, "top_k": 8},
         {"policy": "topk_margin", "alg_temp": 0.1, "steps": 5, "canvas": 10, "max_tokens": 19},
         {"policy": "entropy", "top_p": 0.95, "prompt": 40},
+        # Dream's own setting: most rows keep one token, and so have the same confidence
+        *({"policy": p, "temperature": 0.2, "top_p": 0.95} for p in ("maskgit_plus", "topk_margin", "entropy")),
         {"policy": "entropy", "alg_temp": 0.4, "temperature": 0.0, "block": 8},
         {"policy": "entropy", "alg_temp": 2.0, "block": 7, "steps": 8, "top_k": 20, "seed": 99},
     )
@@ -46,6 +62,9 @@ CASES = [
     Case(checkpoint, "low_confidence", 16, prompt=9, temperature=0.7, suppression=suppression)
     for checkpoint in ("llada-loud", "dream-loud")
     for suppression in ("logits", "confidence")
+] + [
+    Case("llada-padded", policy, 16, prompt=9, temperature=0.7, **filters)
+    for policy, filters in (("low_confidence", {}), ("entropy", {"top_p": 0.8}), ("maskgit_plus", {"top_k": 5}))
 ] + [  # the mask is often what a filter keeps
     Case("dream-loud", policy, 16, prompt=9, temperature=0.7, top_k=top_k)
     for policy in ("maskgit_plus", "topk_margin", "entropy", "origin")
@@ -70,6 +89,20 @@ def test_same_tokens_in_a_batch(checkpoint):
     wrong = [difference(case, output) for case, output in zip(cases, staggered, strict=True)]
     wrong += [difference(case, output) for case, output in zip(reversed(cases), together, strict=True)]
     assert not any(wrong), "\n".join(wrong)
+
+
+@pytest.mark.parametrize("policy", ["maskgit_plus", "topk_margin", "entropy"])
+def test_equal_confidences_go_by_position(policy):
+    """One token kept a row makes every probability 1 and every entropy 0: the order is from left to right."""
+    case = Case("dream", policy, 16, prompt=7, temperature=0.2, top_k=1)
+    trace = expected(case).trace
+    assert [position for commit in trace for position in commit.positions] == list(range(16))
+    (output,), _ = drive(engine("dream"), [case.request])
+    assert not difference(case, output)
+    # what a step unmasks is final at once
+    final = Counter(len(commit.positions) for commit in trace)
+    histogram = output.outputs[0].spec_decode_metrics.histogram
+    assert {n: steps for n, steps in enumerate(histogram) if steps} == dict(final)
 
 
 def test_greedy_has_no_filters():

@@ -1,10 +1,11 @@
-"""Every strategy through the real engine, in float32 at temperature 0: the tokens and the number of forward passes are
-the reference decoders', whatever else is in the batch.
+"""Every strategy through the real engine, in float32: the tokens and the number of forward passes are the reference
+decoders', whatever else is in the batch. Above temperature 0 these are given the noise that the engine draws.
 
 The reference decoders, `reference/fast_dllm.py` and `reference/d2f.py`, share no code with the engine. All cases of a
 checkpoint are decoded together, sixteen at a time, and again alone.
 """
 
+import copy
 import functools
 import itertools
 import math
@@ -25,6 +26,8 @@ from helpers import (
     scheduler,
 )
 from reference import d2f, decoding, fast_dllm
+from reference.model import ReferenceModel
+from torch import Tensor
 from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
 
@@ -46,10 +49,11 @@ class Case:
     prompt: int
     extras: dict[str, Any] = field(hash=False)
     eos: bool = False
+    sampling: dict[str, Any] = field(default_factory=dict, hash=False)  # vLLM's own: temperature, top_p, top_k
 
     @property
     def id(self) -> str:
-        extras = "-".join(f"{name}={value}".replace(" ", "") for name, value in self.extras.items())
+        extras = "-".join(f"{name}={value}".replace(" ", "") for name, value in (self.extras | self.sampling).items())
         return f"{self.checkpoint}-{self.tokens}tokens-prompt{self.prompt}-{extras}{'-until-eos' if self.eos else ''}"
 
     @property
@@ -59,7 +63,7 @@ class Case:
     @property
     def request(self) -> tuple[list[int], SamplingParams]:
         return self.prompt_ids, SamplingParams(
-            temperature=0.0,
+            **{"temperature": 0.0} | self.sampling,
             max_tokens=self.tokens,
             ignore_eos=not self.eos,
             seed=SEED,
@@ -72,22 +76,39 @@ class Case:
         """Whether the confidences of a step say how many it unmasks."""
         return "threshold" in self.extras or "factor" in self.extras or self.extras.get("remasking") == "origin"
 
-    def expected(self) -> decoding.Generation:
+    def expected(self, **more: Any) -> decoding.Generation:
         """What the reference decoder generates."""
-        model, prompt, settings = reference(self.checkpoint), self.prompt_ids, dict(self.extras)
+        model, prompt, settings = reference(self.checkpoint), self.prompt_ids, self.extras | self.sampling | more
         length = min(self.tokens, settings.pop("canvas_length", self.tokens))
+        noise = Noise(SEED, len(prompt), model.vocab_size)
         if settings.pop("strategy", "full") == "d2f":
             generate, steps = d2f.generate, 0
-            settings = {name.removeprefix("d2f_"): value for name, value in settings.items()}
+            settings = {name.removeprefix("d2f_"): value for name, value in settings.items() if name != "remasking"}
+            settings["gumbel"] = noise.gumbel
         else:
             generate, steps = fast_dllm.generate, settings.pop("steps", length)
-            noise = Noise(SEED, len(prompt), model.vocab_size)
             settings["uniforms"] = noise.origin_uniforms if settings["remasking"] == "origin" else noise.uniforms
             settings["suffix_ids"] = settings.pop("suffix", ())
+            if scale := settings.pop("cfg_scale", 0.0):
+                model = guided(model, scale, hidden=slice(len(prompt)))
         stop_ids = (model.eos_token_id,) if self.eos else ()
         return decoding.generate_canvases(
             generate, model, prompt, self.tokens, length, steps, stop_ids=stop_ids, **settings
         )
+
+
+def guided(model: ReferenceModel, scale: float, hidden: slice | list[int]) -> ReferenceModel:
+    """The model with its logits pushed away from those that it gives with the hidden positions masked."""
+
+    def logits_for_positions(ids: Tensor) -> Tensor:
+        copied = ids.clone()
+        copied[hidden] = model.mask_token_id
+        logits, without = model.logits_for_positions(ids), model.logits_for_positions(copied)
+        return without + (scale + 1) * (logits - without)
+
+    twin = copy.copy(model)
+    twin.logits_for_positions = logits_for_positions
+    return twin
 
 
 @functools.cache
@@ -139,9 +160,9 @@ PARALLEL = ({"threshold": 0.5}, {"threshold": 0.2}, {"threshold": 0.05}, {"facto
             {"threshold": 1}, {"factor": 2})  # fmt: skip  # whole numbers are numbers
 
 
-def grid(checkpoint: str, shapes: tuple, *strategies: dict[str, Any], eos: bool = False) -> list[Case]:
+def grid(checkpoint: str, shapes: tuple, *strategies: dict[str, Any], eos: bool = False, **sampling: Any) -> list[Case]:
     return [
-        Case(checkpoint, tokens, prompt, strategy | extras, eos)
+        Case(checkpoint, tokens, prompt, strategy | extras, eos, sampling)
         for strategy in strategies
         for tokens, prompt, extras in shapes
     ]
@@ -201,6 +222,14 @@ INFILLING = [
         family,
         ((14, 9, {"block_length": 4, "template": TEMPLATE}),),
         {"remasking": by_probability(family), "threshold": 0.2} | cache,
+    )
+]
+GUIDED = [
+    case
+    for family in FAMILIES
+    for given in ({"template": TEMPLATE}, {"suffix": SUFFIX}, {"template": TEMPLATE, "suffix": SUFFIX})
+    for case in grid(
+        family, ((14, 9, {"block_length": 4}),), {"remasking": by_probability(family), "cfg_scale": 1.5} | given
     )
 ]
 CANVASES = [
@@ -284,6 +313,28 @@ UNTIL_EOS = [
     )
 ]
 
+SAMPLINGS = (
+    {"temperature": 0.2},
+    {"temperature": 0.5, "top_p": 0.9},
+    {"temperature": 0.7, "top_k": 6},
+    {"temperature": 1.2, "top_p": 0.6, "top_k": 9},
+    {"temperature": 0.9, "top_k": 1},  # every probability is 1, or of the mask, which is not chosen: 0
+)
+DRAWN = [
+    case
+    for family in FAMILIES
+    for sampling in SAMPLINGS
+    for case in (
+        *grid(family, ((24, 9, {}), (17, 1, {}), (40, 120, {}), (30, 7, {"canvas_length": 13})), *D2F[:4], **sampling),
+        *grid(family, ((24, 9, {"max_steps": 3}),), *D2F[:2], **sampling),
+        *grid(f"{family}-loud", ((24, 9, {}),), *D2F[::3], eos=True, **sampling),
+        # whatever the two policies that d2f admits do elsewhere
+        *grid(
+            family, ((24, 9, {}),), *({"remasking": r} | D2F[0] for r in ("low_confidence", "maskgit_plus")), **sampling
+        ),
+    )
+]
+
 # every probability of these is exactly 1, and 1 is not above a threshold of 1
 RANDOM_WEIGHTS |= {
     f"{family}-saturated": (family, {"seed": 3, "loud": dict.fromkeys(range(331), 1e3)}) for family in FAMILIES
@@ -299,7 +350,26 @@ SATURATED = [
     )
 ]
 
-ALL = SCHEDULED + PARALLEL_CASES + INFILLING + CANVASES + CAPPED + PIPELINED + UNTIL_EOS + SATURATED
+PADDED = [
+    *grid(
+        "llada-padded", SHAPES[:1], {"remasking": "low_confidence"} | CACHES[0], {"remasking": "entropy"} | CACHES[1]
+    ),
+    *grid("llada-padded", ((24, 9, {}),), D2F[0], **SAMPLINGS[1]),
+]
+
+ALL = (
+    SCHEDULED
+    + PARALLEL_CASES
+    + INFILLING
+    + GUIDED
+    + CANVASES
+    + CAPPED
+    + PIPELINED
+    + UNTIL_EOS
+    + DRAWN
+    + SATURATED
+    + PADDED
+)
 assert len({case.id for case in ALL}) == len(ALL)
 
 
@@ -325,16 +395,8 @@ def test_alone_equals_together(checkpoint: str):
 
 def test_the_references_two_ways_agree():
     """D2F's cache is exact: the published cache gives what recomputing everything gives."""
-    for case in [case for case in PIPELINED + UNTIL_EOS if "strategy" in case.extras][::3]:
-        settings = {name.removeprefix("d2f_"): value for name, value in case.extras.items()}
-        settings.pop("strategy")
-        length = min(case.tokens, settings.pop("canvas_length", case.tokens))
-        model = reference(case.checkpoint)
-        stop_ids = (model.eos_token_id,) if case.eos else ()
-        with_cache, without = (
-            d2f.generate(model, case.prompt_ids, length, stop_ids=stop_ids, with_cache=cached, **settings)
-            for cached in (True, False)
-        )
+    for case in [case for case in PIPELINED + UNTIL_EOS + DRAWN if "strategy" in case.extras][::3]:
+        with_cache, without = (case.expected(with_cache=cached) for cached in (True, False))
         assert with_cache == without, case.id
 
 
@@ -456,11 +518,38 @@ def text_of(tokenizer: Any, token_ids: list[int]) -> str:
     return tokenizer.decode(token_ids, skip_special_tokens=True).rstrip("\ufffd")
 
 
+@pytest.mark.parametrize("case", GUIDED, ids=lambda case: case.id)
+def test_guidance_hides_the_prompt_alone(case: Case):
+    """Fast-dLLM hides all that is given: with suffix and pinned tokens hidden too, the answer is another one."""
+    template, suffix, start = case.extras.get("template", ()), case.extras.get("suffix", ()), case.prompt
+    pinned = [start + i for i, token in enumerate(template) if token != HOLE]
+    hidden = [*range(start), *pinned, *range(start + case.tokens, start + case.tokens + len(suffix))]
+    settings = {name: value for name, value in case.extras.items() if name not in ("cfg_scale", "suffix")}
+    model = guided(reference(case.checkpoint), case.extras["cfg_scale"], hidden)
+    published = fast_dllm.generate(model, case.prompt_ids, case.tokens, case.tokens, suffix_ids=suffix, **settings)
+    assert published.tokens != expected(case).tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_factor_makes_no_exception_for_the_last_rank(family: str, monkeypatch):
+    """Fast-dLLM's loop takes it where it alone fails, and needs another number of passes."""
+    admitted = fast_dllm.admitted
+
+    def published(confidence: Tensor, factor: float) -> int:
+        number = admitted(confidence, factor)
+        return len(confidence) if number == len(confidence) - 1 else number
+
+    cases = [case for case in PARALLEL_CASES if case.checkpoint == family and "factor" in case.extras]
+    ours = [expected(case) for case in cases]
+    monkeypatch.setattr(fast_dllm, "admitted", published)
+    assert sum(case.expected() != want for case, want in zip(cases, ours, strict=True)) >= 3
+
+
 # ---- company
 
 
 def mixture(family: str, number: int = 28, seed: int = 5) -> list[Case]:
-    kinds = (SCHEDULED, PARALLEL_CASES, INFILLING, CANVASES, CAPPED, PIPELINED)
+    kinds = (SCHEDULED, PARALLEL_CASES, INFILLING, CANVASES, CAPPED, PIPELINED, DRAWN)
     draw = random.Random(seed)
     of_family = [[case for case in kind if case.checkpoint == family] for kind in kinds]
     return [draw.choice(of_family[i % len(kinds)]) for i in range(number)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import Case, expected, folder
 
-CHECKPOINTS = ("llada", "dream-tied")
+CHECKPOINTS = ("llada-padded", "dream-tied")
 CASES = [
     Case(checkpoint, **settings)
     for checkpoint in CHECKPOINTS

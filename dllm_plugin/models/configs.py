@@ -140,6 +140,14 @@ class LLaDAConfig(_StrictConfig):
         if self.embedding_size is None:
             self.embedding_size = self.vocab_size
 
+    def check(self) -> None:
+        super().check()
+        if not is_integer(self.embedding_size) or self.embedding_size < self.vocab_size:
+            raise ValueError(
+                f"embedding_size must be an integer of at least vocab_size {self.vocab_size}, got {self.embedding_size!r}; "
+                "take it from the published config.json"
+            )
+
 
 class DreamConfig(_StrictConfig):
     """Dream, DiffuCoder, Dream-Coder: keys as in Dream-org/Dream-v0-Instruct-7B:config.json."""

@@ -35,7 +35,6 @@ class DreamForDiffusionLM(DiffusionLM):
             num_kv_heads=config.num_key_value_heads,
             intermediate_size=config.intermediate_size,
             num_embeddings=config.vocab_size,
-            vocab_size=config.vocab_size,
             norm_eps=config.rms_norm_eps,
             rope_theta=config.rope_theta,
             qkv_bias=True,

@@ -36,7 +36,6 @@ class LLaDAForDiffusionLM(DiffusionLM):
             num_kv_heads=config.n_kv_heads,
             intermediate_size=config.mlp_hidden_size,
             num_embeddings=config.embedding_size,
-            vocab_size=config.vocab_size,
             norm_eps=config.rms_norm_eps,
             rope_theta=config.rope_theta,
             qkv_bias=False,

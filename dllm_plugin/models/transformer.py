@@ -36,8 +36,7 @@ class Shape:
     num_heads: int
     num_kv_heads: int
     intermediate_size: int
-    num_embeddings: int
-    vocab_size: int  # of the embeddings; what is behind pads the matrix
+    num_embeddings: int  # and columns of the logits, those that pad the vocabulary among them
     norm_eps: float
     rope_theta: float
     qkv_bias: bool
@@ -152,7 +151,7 @@ class Decoder(nn.Module):
             self.head = ParallelLMHead(
                 shape.num_embeddings, shape.hidden_size, quant_config=quant_config, prefix=f"{prefix}.head"
             )
-        self.logits_processor = LogitsProcessor(shape.num_embeddings, org_vocab_size=shape.vocab_size)
+        self.logits_processor = LogitsProcessor(shape.num_embeddings)
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, inputs_embeds: torch.Tensor | None = None
@@ -237,7 +236,7 @@ class DiffusionLM(nn.Module, SupportsLoRA):
 
     @property
     def num_embeddings(self) -> int:
-        """Columns of the logits before those that pad the vocabulary are cut off."""
+        """Columns of the logits."""
         return self.decoder.shape.num_embeddings
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:

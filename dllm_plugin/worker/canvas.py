@@ -95,7 +95,8 @@ class CanvasStore:
 
     def _set_decoding(self, slot: int, canvas: Canvas) -> None:
         params = canvas.params
-        policy = POLICIES[params.remasking]
+        # zhijie-group/Discrete-Diffusion-Forcing:D2F-eval ranks with Dream's sampler on both families
+        policy = POLICIES["maskgit_plus" if params.strategy == "d2f" else params.remasking]
         sampled = canvas.temperature > 0
         filtered = sampled or policy.filters_greedy
         self.temperature[slot] = canvas.temperature

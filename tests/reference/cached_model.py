@@ -157,5 +157,4 @@ def final_norm_of(model: ReferenceModel) -> Tensor:
 def head_of(model: ReferenceModel) -> Tensor:
     if isinstance(model, Dream):
         return embedding_of(model) if model.config["tie_word_embeddings"] else model.weight("lm_head.weight")
-    head = embedding_of(model) if model.config["weight_tying"] else model.weight("model.transformer.ff_out.weight")
-    return head[: model.vocab_size]
+    return embedding_of(model) if model.config["weight_tying"] else model.weight("model.transformer.ff_out.weight")

@@ -2,7 +2,9 @@
 
 The prompt is one block, seen by all; every later block sees the prompt, itself and what is before it. `generate`
 follows the published `_generate_block_single` state by state, once over a plain recomputation of everything with the
-attention written out as a matrix, once with the published key-value cache. Deviations beyond those of `decoding`:
+attention written out as a matrix, once with the published key-value cache. Its two evaluators, eval_dream.py and
+eval_llada.py, differ in the shift alone: both draw, filter and rank with Dream's `sample_tokens`, so that a temperature
+and filters shape the probabilities that are compared with `accept_threshold`. Deviations beyond those of `decoding`:
 
 - The last block is shorter where the blocks do not divide the canvas; the published code drops the remainder.
 - `max_blocks` bounds the blocks that are not final yet, as the buffer of Diffulex does.
@@ -20,7 +22,8 @@ import torch
 from torch import Tensor
 
 from .cached_model import CachedModel
-from .decoding import Canvas, Generation, choose
+from .decoding import Canvas, Generation, TokenGumbel
+from .dream import sample_tokens
 from .model import ReferenceModel
 
 
@@ -47,10 +50,14 @@ def generate(
     accept_threshold: float = 0.9,
     max_blocks: int = 0,
     max_steps: int | None = None,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    gumbel: TokenGumbel | None = None,
     with_cache: bool = False,
     stop_ids: Collection[int] = (),
 ) -> Generation:
-    """Fills a canvas of gen_length tokens at temperature 0."""
+    """Fills a canvas of gen_length tokens. A temperature takes `gumbel`; None switches top_p and top_k off."""
     canvas = Canvas(prompt_ids, gen_length, model.mask_token_id, stop_ids)
     before, length = len(prompt_ids), len(prompt_ids) + gen_length
     allowed = block_causal(before, gen_length, block_length)
@@ -87,14 +94,19 @@ def generate(
             rows = shifted(model, recompute(model, canvas.ids[:end], allowed[:end, :end]))
 
         # unmask
-        taken_positions, taken_tokens = [], []
+        forward, taken_positions, taken_tokens = len(canvas.trace), [], []
         for block in active:
             candidates = block.start + canvas.masked[block.start : block.end].nonzero()[:, 0]
             if len(candidates) == 0:
                 continue
-            logits = rows[before + candidates]
-            chosen = choose(logits, model.mask_token_id)
-            confidence = torch.softmax(logits.float(), dim=-1).gather(1, chosen[:, None])[:, 0]
+            confidence, chosen = sample_tokens(
+                rows[before + candidates],
+                model.mask_token_id,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                noise=gumbel(forward, candidates) if temperature > 0 else None,
+            )
             taken = confidence > accept_threshold
             if block.complete and not taken.any():
                 taken[confidence.argmax()] = True  # the first of equals

@@ -7,8 +7,9 @@ published code.
 Deliberate deviations from the published code, common to both decoders:
 
 - Equal confidences commit the lowest position first, equal logits choose the lowest token id, and softmax is in float32
-  whatever the model's dtype. The published code leaves ties to `torch.topk`, whose order is not positional. Ties are no
-  rarity: deferred EOS tokens all have confidence 0, and a top_p that keeps one token gives confidence 1 everywhere.
+  whatever the model's dtype. The published code leaves ties to `torch.topk`, which takes the lowest positions on a GPU
+  and follows no rule on a CPU. Ties are no rarity: deferred EOS tokens all have confidence 0, and a top_p that keeps one
+  token gives confidence 1 everywhere.
 - The mask token is never chosen. It stays in the softmax and in every statistic of it, so wherever the published code
   does not choose the mask its confidences are these.
 - Which positions are masked is kept in a boolean of its own: a prompt may hold the mask token as text.

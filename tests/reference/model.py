@@ -38,7 +38,8 @@ class ReferenceModel:
         self.used: set[str] = set()
         self.mask_token_id: int = config["mask_token_id"]
         self.eos_token_id: int = config["eos_token_id"]
-        self.vocab_size: int = config["vocab_size"]
+        # columns of the logits: the published code cuts off none, and so may choose what pads the vocabulary
+        self.vocab_size: int = config.get("embedding_size") or config["vocab_size"]
 
     def weight(self, name: str) -> Tensor:
         self.used.add(name)
@@ -83,7 +84,7 @@ class LLaDA(ReferenceModel):
 
         h = rms_norm(h, self.weight("model.transformer.ln_f.weight"), eps)
         head = "wte" if config["weight_tying"] else "ff_out"
-        return h @ self.weight(f"model.transformer.{head}.weight")[: self.vocab_size].T
+        return h @ self.weight(f"model.transformer.{head}.weight").T
 
 
 class Dream(ReferenceModel):
