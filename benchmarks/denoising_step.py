@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from kernels import ceilings, environment, graph_time, int32
 from torch import Tensor
 
-from dllm_plugin.kernels import confidence, split_kv_cache, store_kv, unmask, window_attention
+from dllm_plugin.kernels.confidence import confidence
+from dllm_plugin.kernels.store_kv import split_kv_cache, store_kv
+from dllm_plugin.kernels.unmask import unmask
+from dllm_plugin.kernels.window_attention import window_attention
 
 LAYERS, WIDTH, HEADS, HEAD_SIZE, INNER, VOCAB = 32, 4096, 32, 128, 12_288, 126_464
 MASK_ID, EOS_ID = 126_336, 126_081

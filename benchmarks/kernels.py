@@ -36,21 +36,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dllm_plugin.kernels import (
-    confidence,
-    full_attention,
-    gated_silu,
-    rms_norm,
-    rotate,
-    split_kv_cache,
-    store_kv,
-    unmask,
-    window_attention,
-)
+from dllm_plugin.kernels.confidence import confidence
 from dllm_plugin.kernels.dispatch import tl, triton
-from dllm_plugin.kernels.gated_silu import gated_silu_reference
-from dllm_plugin.kernels.rms_norm import rms_norm_reference
-from dllm_plugin.kernels.rotary import rotate_reference
+from dllm_plugin.kernels.gated_silu import gated_silu, gated_silu_reference
+from dllm_plugin.kernels.rms_norm import rms_norm, rms_norm_reference
+from dllm_plugin.kernels.rotary import rotate, rotate_reference
+from dllm_plugin.kernels.store_kv import split_kv_cache, store_kv
+from dllm_plugin.kernels.unmask import unmask
+from dllm_plugin.kernels.window_attention import full_attention, window_attention
 
 LLADA, DREAM = (32, 32, 128), (28, 4, 128)  # heads, key-value heads, head size
 VOCABULARIES = {"llada": 126_464, "dream": 152_064}

@@ -191,11 +191,9 @@ def _sample(
     return token
 
 
-def add_noise(
-    x: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, step: Tensor, vocab_start: int = 0
-) -> None:
+def add_noise(x: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, step: Tensor) -> None:
     width = max(2**14 // x.shape[0], 128)  # columns at a time: the int64 words of Philox are the larger scratch
-    for part, begin in zip(x.split(width, 1), range(vocab_start, vocab_start + x.shape[1], width), strict=True):
+    for part, begin in zip(x.split(width, 1), range(0, x.shape[1], width), strict=True):
         bits = philox.row_bits(seed, position, step, philox.TOKEN, part.shape[1], begin)
         part.add_(philox.gumbel_from_bits(bits).mul_(temperature[:, None]))
 
@@ -300,9 +298,6 @@ def check_arguments(
 _TILE, _TILE_WARPS = 1024, 4
 _PARTS_PER_MULTIPROCESSOR = 16  # as many as run at a time: more of them only repeat the work at the ends of a part
 _PARTIALS = 7  # score, token, maximum, sum, best logit, best column, best of the others
-# What `shard_statistics` returns for a row, and the merge of its tiles leaves.
-SCORE, TOKEN, TOKEN_LOGIT, MAXIMUM, SUM, BEST, BEST_LOGIT, OTHER = range(8)
-NUM_STATISTICS = 8
 
 
 def confidence_triton(
@@ -325,88 +320,45 @@ def confidence_triton(
             for wanted in (True, log_probability, margin, entropy)
         ),
     )
-    statistics = launch_statistics(
-        logits, 0, no_choice, no_mass, temperature, tempered, noise, margin, result, keep=entropy
-    )
-    if entropy:
-        launch_entropy(logits, 0, no_mass, temperature, tempered, statistics, result.entropy)
-    return result
-
-
-def launch_statistics(
-    logits: Tensor,
-    vocab_start: int,
-    no_choice: Tensor | None,
-    no_mass: Tensor | None,
-    temperature: Tensor | None,
-    tempered: Tensor | None,
-    noise: tuple[Tensor | None, Tensor | None, Tensor | None],
-    margin: bool,
-    result: Confidence | None,
-    keep: bool,
-) -> Tensor | None:
-    """Fills `result` if there is one; returns the statistics [rows, NUM_STATISTICS] if they are to be kept."""
-    rows, vocab = logits.shape
-    no_choice, no_mass, temperature, tempered, *noise = contiguous(no_choice, no_mass, temperature, tempered, *noise)
-    statistics = logits.new_empty((rows, NUM_STATISTICS), dtype=torch.float32) if keep else None
     if rows == 0:
-        return statistics
-    tile, tiles, parts = _split_rows(logits, vocab_start)
-    partial = logits.new_empty((rows, _PARTIALS, parts), dtype=torch.float32)
+        return result
+    vocab = logits.shape[1]
+    no_choice, no_mass, temperature, tempered, *noise = contiguous(no_choice, no_mass, temperature, tempered, *noise)
     num_no_choice, num_no_mass = (0 if ids is None else ids.shape[1] for ids in (no_choice, no_mass))
+    tile, tiles, parts = _split_rows(logits)
+    num_warps = max(tile * _TILE_WARPS // _TILE, 1)
+    partial = logits.new_empty((rows, _PARTIALS, parts), dtype=torch.float32)
+    normalizer = logits.new_empty((rows, 2), dtype=torch.float32) if entropy else None
     # From capability 9 on the second kernel is launched while the first one ends, and waits for it on the device.
     early = device_generation(logits.device) >= 9 and not INTERPRETED
     _part_kernel[(rows * parts,)](
         logits, logits.stride(0), no_choice, no_mass, temperature, tempered, *noise, partial,
-        vocab, vocab_start, tiles, parts,
+        vocab, tiles, parts,
         NO_CHOICE=num_no_choice, NO_MASS=num_no_mass, MARGIN=margin, TOKEN_STREAM=philox.TOKEN,
-        PARTIALS=_PARTIALS, OFFSET=vocab_start % 4, BLOCK=tile, EARLY=early,
-        num_warps=max(tile * _TILE_WARPS // _TILE, 1),
+        PARTIALS=_PARTIALS, BLOCK=tile, EARLY=early, num_warps=num_warps,
     )  # fmt: skip
-    outputs = (None,) * 4
-    if result is not None:
-        outputs = (result.token, result.probability, result.log_probability, result.margin)
     _merge_kernel[(rows,)](
-        partial, logits, logits.stride(0), no_mass, temperature, tempered, statistics, *outputs,
-        vocab_start, parts,
-        NO_MASS=num_no_mass, MARGIN=margin, STATISTICS=NUM_STATISTICS, PARTIALS=_PARTIALS,
-        BLOCK=triton.next_power_of_2(parts), EARLY=early,
+        partial, logits, logits.stride(0), no_mass, temperature, tempered, normalizer,
+        result.token, result.probability, result.log_probability, result.margin, parts,
+        NO_MASS=num_no_mass, MARGIN=margin, PARTIALS=_PARTIALS, BLOCK=triton.next_power_of_2(parts), EARLY=early,
         num_warps=1, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
-    return statistics
-
-
-def launch_entropy(
-    logits: Tensor,
-    vocab_start: int,
-    no_mass: Tensor | None,
-    temperature: Tensor | None,
-    tempered: Tensor | None,
-    statistics: Tensor,
-    out: Tensor,
-) -> None:
-    """The part of these columns in the entropy of the rows whose merged `statistics` these are."""
-    rows, vocab = logits.shape
-    no_mass, temperature, tempered, statistics = contiguous(no_mass, temperature, tempered, statistics)
-    if rows:
-        tile, tiles, parts = _split_rows(logits, vocab_start)
+    if entropy:
         partial = logits.new_empty((rows, parts), dtype=torch.float32)
         _entropy_kernel[(rows * parts,)](
-            logits, logits.stride(0), no_mass, temperature, tempered, statistics, partial,
-            vocab, vocab_start, tiles, parts,
-            NO_MASS=0 if no_mass is None else no_mass.shape[1], EPSILON=ENTROPY_EPSILON,
-            MAXIMUM=MAXIMUM, SUM=SUM, STATISTICS=NUM_STATISTICS, BLOCK=tile, num_warps=max(tile * _TILE_WARPS // _TILE, 1),
+            logits, logits.stride(0), no_mass, temperature, tempered, normalizer, partial,
+            vocab, tiles, parts,
+            NO_MASS=num_no_mass, EPSILON=ENTROPY_EPSILON, BLOCK=tile, num_warps=num_warps,
         )  # fmt: skip
-        torch.sum(partial, 1, out=out)
-        out.neg_()
+        torch.sum(partial, 1, out=result.entropy).neg_()
+    return result
 
 
-def _split_rows(logits: Tensor, vocab_start: int) -> tuple[int, int, int]:
-    """Columns of a tile, tiles of a part, parts of a row. Tiles start where a block of noise does."""
+def _split_rows(logits: Tensor) -> tuple[int, int, int]:
+    """Columns of a tile, tiles of a part, parts of a row."""
     rows, vocab = logits.shape
-    columns = vocab + vocab_start % 4
-    tile = min(_TILE, max(triton.next_power_of_2(columns), 128))
-    tiles = triton.cdiv(columns, tile)
+    tile = min(_TILE, max(triton.next_power_of_2(vocab), 128))
+    tiles = triton.cdiv(vocab, tile)
     slots = _PARTS_PER_MULTIPROCESSOR * num_multiprocessors(logits.device)
     parts = triton.cdiv(tiles, min(max(triton.cdiv(rows * tiles, slots), 1), tiles))
     return tile, triton.cdiv(tiles, parts), parts
@@ -431,11 +383,11 @@ def _without(x, column, row, ids_ptr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _any_inside(first, vocab_start, row, ids_ptr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+def _any_inside(first, row, ids_ptr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """Whether one of the row's ids lies in a tile. Few do: the other tiles are spared the comparison of their columns."""
     inside = first < first
     for entry in tl.static_range(COUNT):
-        column = tl.load(ids_ptr + row * COUNT + entry) - vocab_start
+        column = tl.load(ids_ptr + row * COUNT + entry)
         inside = inside | ((column >= first) & (column < first + BLOCK))
     return inside
 
@@ -451,9 +403,9 @@ def _first_of_eight(score, column):
 def _part_kernel(
     logits_ptr, logits_stride, no_choice_ptr, no_mass_ptr, temperature_ptr, tempered_ptr, seed_ptr, position_ptr,
     step_ptr, partial_ptr,
-    vocab, vocab_start, tiles, parts,
+    vocab, tiles, parts,
     NO_CHOICE: tl.constexpr, NO_MASS: tl.constexpr, MARGIN: tl.constexpr, TOKEN_STREAM: tl.constexpr,
-    PARTIALS: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    PARTIALS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The seven numbers of one part of one row."""
     GROUPS: tl.constexpr = BLOCK // 8
@@ -461,7 +413,7 @@ def _part_kernel(
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     logits = logits_ptr + row * logits_stride
-    first = part * tiles * BLOCK - OFFSET  # counted within these logits, as all columns here
+    first = part * tiles * BLOCK
     noisy = False
     if temperature_ptr is not None:
         temperature = tl.load(temperature_ptr + row)
@@ -478,25 +430,25 @@ def _part_kernel(
     for tile in range(tiles):
         start = first + tile * BLOCK
         column = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + column, mask=(column >= 0) & (column < end), other=lowest).to(tl.float32)
+        x = tl.load(logits + column, mask=column < end, other=lowest).to(tl.float32)
         high = tl.max(tl.reshape(x, [GROUPS, 8]), 1)
         top = high
-        if _any_inside(start, vocab_start, row, no_choice_ptr, NO_CHOICE, BLOCK):
-            top = tl.max(tl.reshape(_without(x, column + vocab_start, row, no_choice_ptr, NO_CHOICE), [GROUPS, 8]), 1)
+        if _any_inside(start, row, no_choice_ptr, NO_CHOICE, BLOCK):
+            top = tl.max(tl.reshape(_without(x, column, row, no_choice_ptr, NO_CHOICE), [GROUPS, 8]), 1)
         best_tile = tl.where(top > best, tile, best_tile)
         best = tl.maximum(best, top)
         if temperature_ptr is not None:
             if noisy:
-                bits = philox.row_bits_block(seed, position, step, (start + vocab_start) // 4, TOKEN_STREAM, BLOCK // 4)
-                score = _without(x, column + vocab_start, row, no_choice_ptr, NO_CHOICE)
+                bits = philox.row_bits_block(seed, position, step, start // 4, TOKEN_STREAM, BLOCK // 4)
+                score = _without(x, column, row, no_choice_ptr, NO_CHOICE)
                 score += temperature * philox.gumbel_from_bits_block(bits)
                 top = tl.max(tl.reshape(score, [GROUPS, 8]), 1)
             drawn_tile = tl.where(top > drawn, tile, drawn_tile)
             drawn = tl.maximum(drawn, top)
 
         logit = _temper(x, row, temperature_ptr, tempered_ptr)
-        if _any_inside(start, vocab_start, row, no_mass_ptr, NO_MASS, BLOCK):
-            logit = _without(logit, column + vocab_start, row, no_mass_ptr, NO_MASS)
+        if _any_inside(start, row, no_mass_ptr, NO_MASS, BLOCK):
+            logit = _without(logit, column, row, no_mass_ptr, NO_MASS)
         logit = tl.reshape(logit, [GROUPS, 8])
         if NO_MASS > 0 or tempered_ptr is not None:
             high = tl.max(logit, 1)
@@ -514,16 +466,14 @@ def _part_kernel(
     best_score = tl.max(best, 0)
     best_group = tl.min(tl.where(best == best_score, best_tile * GROUPS + group, tiles * GROUPS - 1), 0)
     near = first + best_group * 8 + eight
-    near_x = tl.load(logits + near, mask=(near >= 0) & (near < vocab), other=lowest).to(tl.float32)
-    best_column = _first_of_eight(_without(near_x, near + vocab_start, row, no_choice_ptr, NO_CHOICE), near)
+    near_x = tl.load(logits + near, mask=near < vocab, other=lowest).to(tl.float32)
+    best_column = _first_of_eight(_without(near_x, near, row, no_choice_ptr, NO_CHOICE), near)
     if (best_score > lowest) == 0:
         # Nothing but -inf and NaN: the lowest column that may be chosen, below every number and above no choice.
-        best_column = tl.maximum(first, 0)
+        best_column = first
         for _ in tl.static_range(NO_CHOICE):
             for entry in tl.static_range(NO_CHOICE):
-                best_column += (best_column + vocab_start == tl.load(no_choice_ptr + row * NO_CHOICE + entry)).to(
-                    tl.int32
-                )
+                best_column += (best_column == tl.load(no_choice_ptr + row * NO_CHOICE + entry)).to(tl.int32)
         exists = best_column < end
         best_score = tl.where(exists, -3.4028234663852886e38, lowest)
     score, chosen = best_score, best_column
@@ -532,11 +482,9 @@ def _part_kernel(
         if noisy & (drawn_score > lowest):
             drawn_group = tl.min(tl.where(drawn == drawn_score, drawn_tile * GROUPS + group, tiles * GROUPS - 1), 0)
             close = first + drawn_group * 8 + eight
-            close_x = tl.load(logits + close, mask=(close >= 0) & (close < vocab), other=lowest).to(tl.float32)
-            bits = philox.row_bits_block(
-                seed, position, step, (first + vocab_start + drawn_group * 8) // 4, TOKEN_STREAM, 2
-            )
-            close_score = _without(close_x, close + vocab_start, row, no_choice_ptr, NO_CHOICE)
+            close_x = tl.load(logits + close, mask=close < vocab, other=lowest).to(tl.float32)
+            bits = philox.row_bits_block(seed, position, step, (first + drawn_group * 8) // 4, TOKEN_STREAM, 2)
+            close_score = _without(close_x, close, row, no_choice_ptr, NO_CHOICE)
             close_score += temperature * philox.gumbel_from_bits_block(bits)
             score, chosen = drawn_score, _first_of_eight(close_score, close)
 
@@ -545,27 +493,25 @@ def _part_kernel(
     out = partial_ptr + row * PARTIALS * parts + part
     maximum = tl.max(peak, 0)
     tl.store(out, score)
-    tl.store(out + parts, (chosen + vocab_start).to(tl.float32))
+    tl.store(out + parts, chosen.to(tl.float32))
     tl.store(out + 2 * parts, maximum)
     tl.store(out + 3 * parts, tl.sum(total * tl.exp(peak - tl.where(maximum == lowest, 0.0, maximum)), 0))
     if MARGIN:
         near_logit = _temper(near_x, row, temperature_ptr, tempered_ptr)
-        near_logit = _without(near_logit, near + vocab_start, row, no_mass_ptr, NO_MASS)
+        near_logit = _without(near_logit, near, row, no_mass_ptr, NO_MASS)
         beside = tl.max(tl.where(near == best_column, lowest, near_logit), 0)
         elsewhere = tl.where(peak_tile == best_group // GROUPS, second, peak)
         elsewhere = tl.max(tl.where(group == best_group % GROUPS, elsewhere, peak), 0)
         tl.store(out + 4 * parts, best_score)
-        tl.store(out + 5 * parts, (best_column + vocab_start).to(tl.float32))
+        tl.store(out + 5 * parts, best_column.to(tl.float32))
         tl.store(out + 6 * parts, tl.maximum(beside, elsewhere))
 
 
 @triton.jit
 def _merge_kernel(
-    partial_ptr, logits_ptr, logits_stride, no_mass_ptr, temperature_ptr, tempered_ptr, statistics_ptr,
-    token_ptr, probability_ptr, log_probability_ptr, margin_ptr,
-    vocab_start, parts,
-    NO_MASS: tl.constexpr, MARGIN: tl.constexpr, STATISTICS: tl.constexpr, PARTIALS: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
+    partial_ptr, logits_ptr, logits_stride, no_mass_ptr, temperature_ptr, tempered_ptr, normalizer_ptr,
+    token_ptr, probability_ptr, log_probability_ptr, margin_ptr, parts,
+    NO_MASS: tl.constexpr, MARGIN: tl.constexpr, PARTIALS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Merges the parts of one row."""
     if EARLY:
@@ -585,7 +531,7 @@ def _merge_kernel(
     maximum = tl.max(maxima, 0)
     sums = tl.load(source + 3 * parts, mask=inside, other=0.0)
     total = tl.sum(sums * tl.exp(maxima - tl.where(maximum == lowest, 0.0, maximum)), 0)
-    logits = logits_ptr + row * logits_stride - vocab_start
+    logits = logits_ptr + row * logits_stride
     column = token.to(tl.int64)
     x = tl.load(logits + column, mask=score > lowest, other=lowest).to(tl.float32)
     token_logit = _temper(x, row, temperature_ptr, tempered_ptr)
@@ -603,48 +549,36 @@ def _merge_kernel(
         # In the part of the best column its runner-up competes, in the others their maximum.
         others = tl.load(source + 6 * parts, mask=inside, other=lowest)
         other = tl.max(tl.where(columns == best_token, others, maxima), 0)
-    else:
-        best, best_logit, other = lowest, lowest, lowest
+        tl.store(margin_ptr + row, (tl.exp(best_logit - maximum) - tl.exp(other - maximum)) / total)
 
-    if statistics_ptr is not None:
-        out = statistics_ptr + row * STATISTICS
-        tl.store(out, score)
-        tl.store(out + 1, token)
-        tl.store(out + 2, token_logit)
-        tl.store(out + 3, maximum)
-        tl.store(out + 4, total)
-        tl.store(out + 5, best)
-        tl.store(out + 6, best_logit)
-        tl.store(out + 7, other)
-    if token_ptr is not None:
-        tl.store(token_ptr + row, column)
-        tl.store(probability_ptr + row, tl.exp(token_logit - maximum) / total)
-        if log_probability_ptr is not None:
-            tl.store(log_probability_ptr + row, token_logit - maximum - tl.log(total))
-        if margin_ptr is not None:
-            tl.store(margin_ptr + row, (tl.exp(best_logit - maximum) - tl.exp(other - maximum)) / total)
+    if normalizer_ptr is not None:
+        tl.store(normalizer_ptr + row * 2, maximum)
+        tl.store(normalizer_ptr + row * 2 + 1, total)
+    tl.store(token_ptr + row, column)
+    tl.store(probability_ptr + row, tl.exp(token_logit - maximum) / total)
+    if log_probability_ptr is not None:
+        tl.store(log_probability_ptr + row, token_logit - maximum - tl.log(total))
 
 
 @triton.jit
 def _entropy_kernel(
-    logits_ptr, logits_stride, no_mass_ptr, temperature_ptr, tempered_ptr, statistics_ptr, partial_ptr,
-    vocab, vocab_start, tiles, parts,
-    NO_MASS: tl.constexpr, EPSILON: tl.constexpr, MAXIMUM: tl.constexpr, SUM: tl.constexpr, STATISTICS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    logits_ptr, logits_stride, no_mass_ptr, temperature_ptr, tempered_ptr, normalizer_ptr, partial_ptr,
+    vocab, tiles, parts,
+    NO_MASS: tl.constexpr, EPSILON: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sum(p * log(p + epsilon)) over one part of one row."""
     GROUPS: tl.constexpr = BLOCK // 8
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
-    maximum = tl.load(statistics_ptr + row * STATISTICS + MAXIMUM)
-    scale = 1.0 / tl.load(statistics_ptr + row * STATISTICS + SUM)
+    maximum = tl.load(normalizer_ptr + row * 2)
+    scale = 1.0 / tl.load(normalizer_ptr + row * 2 + 1)
     entropy = tl.zeros([GROUPS], tl.float32)
     for tile in range(tiles):
         column = (part * tiles + tile) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + row * logits_stride + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
         logit = _temper(x, row, temperature_ptr, tempered_ptr)
-        if _any_inside((part * tiles + tile) * BLOCK, vocab_start, row, no_mass_ptr, NO_MASS, BLOCK):
-            logit = _without(logit, column + vocab_start, row, no_mass_ptr, NO_MASS)
+        if _any_inside((part * tiles + tile) * BLOCK, row, no_mass_ptr, NO_MASS, BLOCK):
+            logit = _without(logit, column, row, no_mass_ptr, NO_MASS)
         p = tl.exp2((logit - maximum) * 1.4426950408889634) * scale
         entropy += tl.sum(tl.reshape(p * tl.log(p + EPSILON), [GROUPS, 8]), 1)
     tl.store(partial_ptr + row * parts + part, tl.sum(entropy, 0))

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from dllm_plugin.kernels.confidence import confidence_triton, launch_statistics
+from dllm_plugin.kernels.confidence import confidence_triton
 from dllm_plugin.kernels.gated_silu import gated_silu_triton
 from dllm_plugin.kernels.rms_norm import rms_norm_triton
 from dllm_plugin.kernels.rotary import rotate_triton
@@ -70,11 +70,6 @@ def confidence(dtype: torch.dtype, vocab: int, sampled: bool, statistics: bool, 
         (torch.ones(16), torch.ones(16, dtype=torch.bool), (row, row, row)) if sampled else (None, None, (None,) * 3)
     )
     confidence_triton(logits, ids, ids if mass else None, *drawn, statistics, statistics, statistics)
-
-
-def shard() -> None:
-    logits = torch.zeros(2, 1000, dtype=torch.bfloat16)
-    launch_statistics(logits, 1001, None, None, None, None, (None,) * 3, True, None, keep=True)
 
 
 def unmask(policies: bool, integer: torch.dtype, skip_unmasked: bool) -> None:
@@ -140,7 +135,6 @@ def configurations() -> Iterator[tuple[str, Callable, tuple]]:
     yield "confidence", confidence, (bf16, 128, True, False)
     for dtype in (fp16, fp32):
         yield "confidence", confidence, (dtype, 126_464, True, True, True)
-    yield "shard_statistics", shard, ()
     for policies in (False, True):
         for skip_unmasked in (False, True):
             yield "unmask", unmask, (policies, torch.int32 if policies == skip_unmasked else torch.int64, skip_unmasked)

@@ -6,7 +6,7 @@ from itertools import accumulate
 import pytest
 import torch
 
-from dllm_plugin.kernels import filter_top_k_top_p
+from dllm_plugin.kernels.filter import filter_top_k_top_p
 
 
 def dream(logits, temperature, top_p, top_k):

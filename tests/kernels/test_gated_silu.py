@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from dllm_plugin.kernels import gated_silu
-from dllm_plugin.kernels.gated_silu import gated_silu_reference, gated_silu_triton
+from dllm_plugin.kernels.gated_silu import gated_silu, gated_silu_reference, gated_silu_triton
 
 pytestmark = pytest.mark.usefixtures("rounded_bfloat16")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from dllm_plugin.kernels import rms_norm
-from dllm_plugin.kernels.rms_norm import rms_norm_reference, rms_norm_triton
+from dllm_plugin.kernels.rms_norm import rms_norm, rms_norm_reference, rms_norm_triton
 
 pytestmark = pytest.mark.usefixtures("rounded_bfloat16")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from dllm_plugin.kernels import rotate
-from dllm_plugin.kernels.rotary import rotate_reference, rotate_triton
+from dllm_plugin.kernels.rotary import rotate, rotate_reference, rotate_triton
 
 pytestmark = pytest.mark.usefixtures("rounded_bfloat16")
 # of the heads, and of cos and sin

@@ -5,8 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_plugin.kernels import split_kv_cache, store_kv
-from dllm_plugin.kernels.store_kv import store_kv_reference, store_kv_triton
+from dllm_plugin.kernels.store_kv import split_kv_cache, store_kv, store_kv_reference, store_kv_triton
 
 
 @pytest.mark.parametrize("tokens_outside", [True, False])

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from dllm_plugin.kernels import philox, unmask
-from dllm_plugin.kernels.unmask import unmask_numpy, unmask_triton
+from dllm_plugin.kernels import philox
+from dllm_plugin.kernels.unmask import unmask, unmask_numpy, unmask_triton
 
 INT32 = torch.int32
 INFINITY, NAN = float("inf"), float("nan")

@@ -7,13 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_plugin.kernels import full_attention, split_kv_cache, store_kv, window_attention
+from dllm_plugin.kernels.store_kv import split_kv_cache, store_kv
 from dllm_plugin.kernels.window_attention import (
     HEAD_SIZES,
     Tiling,
     choose_splits,
     choose_tiling,
+    full_attention,
     full_attention_triton,
+    window_attention,
     window_attention_triton,
 )
 
