@@ -115,8 +115,8 @@ def _without(x: Tensor, ids: Tensor | None) -> Tensor:
 def confidence_cpu(logits: Tensor, choice: Choice) -> Confidence:
     """The torch path: blocks of rows through one fp32 scratch buffer, whatever the number of rows.
 
-    No tensor beside the result takes more than 2,000,000 bytes up to a vocabulary of 250,000, nor more than two fp32 rows
-    above it, see `rows_per_block`.
+    No tensor beside the result takes more than 2,000,000 bytes, or one fp32 row where that is more. No number of a row
+    depends on the rows beside it.
     """
     rows, vocab = logits.shape
     step = rows_per_block(vocab)
@@ -127,11 +127,9 @@ def confidence_cpu(logits: Tensor, choice: Choice) -> Confidence:
     scratch = logits.new_empty((step, vocab), dtype=torch.float32)
     blocks = []
     for begin in range(0, rows, step):
-        # The last block reaches back instead of being short: torch splits the sum of a single row over threads.
-        first = min(begin, rows - step)
-        window = slice(first, first + step)
-        block = _block(scratch.copy_(logits[window]), choice.of(window), overwrite=True)
-        blocks.append([None if tensor is None else tensor[begin - first :] for tensor in block])
+        window = slice(begin, begin + step)
+        x = scratch[: rows - begin].copy_(logits[window])
+        blocks.append(_block(x, choice.of(window), overwrite=True))
     return Confidence(*(None if column[0] is None else torch.cat(column) for column in zip(*blocks, strict=True)))
 
 
@@ -163,16 +161,15 @@ def _greedy(x: Tensor, no_choice: Tensor | None) -> Tensor:
     token = _first_argmax(x)
     if no_choice is not None:
         forbidden = (token.cpu().numpy()[:, None] == no_choice.cpu().numpy()).any(1)
-        if forbidden.any():
-            for row in torch.from_numpy(forbidden.nonzero()[0]).to(x.device).split(_rows_per_copy(x)):
-                token[row] = _first_argmax(_allow(x[row], no_choice[row]))
+        for row in _copied_rows(torch.from_numpy(forbidden).to(x.device), x):
+            token[row] = _first_argmax(_allow(x[row], no_choice[row]))
     return token
 
 
 def _sample(x: Tensor, greedy: Tensor, choice: Choice) -> Tensor:
     """Gumbel-max samples in the rows that have a temperature, the greedy token in the others."""
     token = greedy.clone()
-    for row in choice.temperature.nonzero().squeeze(1).split(_rows_per_copy(x)):
+    for row in _copied_rows(choice.temperature, x):
         mine = choice.of(row)
         noised = _allow(x[row], mine.no_choice)
         _add_noise(noised, mine.temperature, mine.seed, mine.position, mine.step)
@@ -220,14 +217,24 @@ def _margin(p: Tensor, best: Tensor) -> Tensor:
 def _entropy(p: Tensor) -> Tensor:
     for part in p.split(_rows_per_copy(p)):
         part.mul_((part + ENTROPY_EPSILON).log_())
-    return p.sum(1).neg_()
+    return _sum_of_rows(p).neg_()
+
+
+def _sum_of_rows(x: Tensor) -> Tensor:
+    """`x.sum(1)`, with the same bits whatever the number of rows: torch would split the sum of a single one over threads,
+    in another order than that of one among many."""
+    return x.expand(2, -1).sum(1)[:1] if len(x) == 1 else x.sum(1)
 
 
 def rows_per_block(vocab: int) -> int:
-    """Rows that fit the scratch beside one that `_rows_per_copy` allows, but at least two, though two exceed it above a
-    vocabulary of 250,000: torch sums a single row over threads, in another order than one of many, and the entropy would
-    lose its bits."""
-    return max(_SCRATCH_BYTES // (4 * vocab) - 1, 2)
+    """Rows that fit the scratch beside one that `_rows_per_copy` allows, and at least one."""
+    return max(_SCRATCH_BYTES // (4 * vocab) - 1, 1)
+
+
+def _copied_rows(asked: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """Indices of the rows of `x` that ask, as many at a time as may be copied; nothing where none does."""
+    rows = asked.nonzero().squeeze(1)
+    return rows.split(_rows_per_copy(x)) if len(rows) else ()  # `split` makes one empty part of no rows
 
 
 def _rows_per_copy(x: Tensor) -> int:

@@ -37,6 +37,14 @@ def implementation(request, monkeypatch):
     dispatch.use_triton.cache_clear()
 
 
+@pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])
+def threads(request):
+    """Runs a test on one thread and on two, over which torch splits a reduction to one number."""
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def rounded_bfloat16(monkeypatch):
     """Triton's interpreter cuts float32 to bfloat16; rounded as on a GPU, elementwise kernels are exact in it."""

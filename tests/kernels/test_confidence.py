@@ -182,24 +182,80 @@ def test_ids_that_are_no_column_are_ignored(implementation, vocab):
 
 
 @given(
-    st.integers(1, 4), st.integers(1, 40), st.integers(0, 2**31), st.booleans(), st.sampled_from([1.0, 8.0]), st.data()
+    st.integers(0, 4), st.integers(3, 40), st.integers(0, 2**31), st.booleans(), st.sampled_from([1.0, 8.0]), st.data()
 )
 def test_both_paths_agree_with_the_rule(rows, vocab, seed, sampled, spread, data):
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(rows, vocab, generator=generator) * spread).to(torch.bfloat16)  # bf16: ties are common
     banned = st.lists(st.integers(-1, vocab - 1), min_size=2, max_size=2)
-    no_choice, no_mass = (torch.tensor([data.draw(banned) for _ in range(rows)]) for _ in range(2))
+    no_choice, no_mass = (ids(*[data.draw(banned) for _ in range(rows)]) for _ in range(2))
     row = torch.arange(rows) + seed
-    drawn = sampling(row, tempered=row % 2 == 0) if sampled else {}
+    temperature = torch.tensor([data.draw(st.sampled_from([0.0, 1.0])) for _ in range(rows)])
+    drawn = sampling(row, temperature=temperature, tempered=row % 2 == 0) if sampled else {}
     choice = Choice(no_choice=no_choice, no_mass=no_mass, **drawn, **STATISTICS)
     want = confidence_rule(logits, choice)
     for run in (confidence_cpu, confidence_triton):
         got = run(logits, choice)
-        if vocab > 2:
-            assert torch.equal(got.token, want.token)
+        assert torch.equal(got.token, want.token)
         for name in ("probability", *STATISTICS):
             a, b = getattr(got, name), getattr(want, name).float()
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True, msg=name)
+
+
+@given(data=st.data())
+def test_blocks_of_rows_change_nothing(data):
+    """Rows that ask for something stand in blocks where none, one or all do. Every number keeps its bits."""
+    rows, vocab = data.draw(st.integers(0, 7), "rows"), data.draw(st.sampled_from([1, 2, 9, 40, 333]), "vocab")
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31), "logits"))
+    logits = (torch.randn(rows, vocab, generator=generator) * 4).to(torch.bfloat16)  # bf16: ties are common
+    best = logits.float().argmax(1)
+
+    def asked(name):
+        """Which rows ask: none, one, all or any of them."""
+        return torch.tensor(data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows), name), dtype=torch.bool)
+
+    def option(name, make):
+        return make() if data.draw(st.booleans(), name) else None
+
+    def two_ids(name):
+        # the likeliest column and another, where the row asks
+        return torch.stack((torch.where(asked(name), best, -1), torch.where(asked(name), best * 0 + 3, vocab)), 1)
+
+    no_choice, no_mass = (
+        option("no_choice", lambda: two_ids("no_choice")),
+        option("no_mass", lambda: two_ids("no_mass")),
+    )
+    temperature = option("temperature", lambda: torch.where(asked("temperature"), 0.7, 0.0))
+    tempered = None if temperature is None else option("tempered", lambda: asked("tempered"))
+    row = torch.arange(rows)
+    noise = {} if temperature is None else {"seed": row * 10**10, "position": row + 3, "step": row % 2}
+    sampled = {"temperature": temperature, "tempered": tempered, **noise}
+    choice = Choice(no_choice=no_choice, no_mass=no_mass, **sampled, **STATISTICS)
+    whole = confidence_cpu(logits, choice)
+    for size in (1, 2, 3):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "_SCRATCH_BYTES", 4 * vocab * (size + 1))
+            assert module.rows_per_block(vocab) == size
+            got = confidence_cpu(logits, choice)
+        for name in ("token", "probability", *STATISTICS):
+            torch.testing.assert_close(
+                getattr(got, name), getattr(whole, name), rtol=0, atol=0, equal_nan=True, msg=f"{name}, {size} rows"
+            )
+
+
+def test_a_row_has_the_same_bits_in_any_block(monkeypatch, threads):
+    """torch splits a sum of at least 32,768 numbers over threads, where they are those of a single row."""
+    logits, vocab = torch.randn(7, 40_001) * 3, 40_001
+    choice = Choice(**STATISTICS)
+    whole = confidence_cpu(logits, choice)
+    alone = [confidence_cpu(row, choice) for row in logits.split(1)]
+    for name in STATISTICS:
+        assert torch.equal(torch.cat([getattr(row, name) for row in alone]), getattr(whole, name)), name
+    for size in (1, 2, 3):
+        monkeypatch.setattr(module, "_SCRATCH_BYTES", 4 * vocab * (size + 1))
+        got = confidence_cpu(logits, choice)
+        for name in STATISTICS:
+            assert torch.equal(getattr(got, name), getattr(whole, name)), (name, size)
 
 
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 50), (33, 129), (7, 126_464), (3, 250_001)])

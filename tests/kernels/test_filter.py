@@ -1,11 +1,13 @@
 """filter_top_k_top_p against Dream's sampling code, restated."""
 
-import sys
 from itertools import accumulate
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from dllm_plugin.kernels import filter as module
 from dllm_plugin.kernels.filter import filter_top_k_top_p
 
 
@@ -65,19 +67,46 @@ def test_half_precision_becomes_fp32(dtype):
     assert got.dtype == torch.float32 and got.isfinite().sum(1).tolist() >= [3, 4]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 def test_blocks_of_rows_change_nothing(monkeypatch, threads):
     logits = (torch.randn(7, 5000) * 3).to(torch.bfloat16)  # with ties
     no_choice = torch.stack((logits.float().argmax(1), torch.tensor([-1, 3, -1, 5000, 2**40, 7, -1])), 1)
     top_k, top_p = torch.tensor([0, 1, 5, 5000, 9000, 100, 0]), torch.tensor([0.5, 1.0, 0.9, 0.0, 0.99, 1.0, 1.0])
     arguments = logits, torch.linspace(0, 2, 7), top_k, top_p
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     whole = filter_top_k_top_p(*arguments, no_choice=no_choice)
     for rows in (1, 3):
-        monkeypatch.setattr(sys.modules[filter_top_k_top_p.__module__], "_SCRATCH_BYTES", rows * 24 * 5000)
+        monkeypatch.setattr(module, "_SCRATCH_BYTES", rows * 24 * 5000)
         assert torch.equal(filter_top_k_top_p(*arguments, no_choice=no_choice), whole)
-    torch.set_num_threads(before)
+
+
+@given(data=st.data())
+def test_rows_that_ask_for_nothing_beside_those_that_do(data):
+    """In blocks where none, one or all ask for a filter, and in no rows at all. Every number keeps its bits."""
+    rows, vocab = data.draw(st.integers(0, 7)), data.draw(st.sampled_from([1, 2, 9, 331]))
+    logits = (torch.randn(rows, vocab) * 4).to(torch.bfloat16)  # with ties
+
+    def drawn(name, *values, dtype):
+        column = torch.tensor(
+            data.draw(st.lists(st.sampled_from(values), min_size=rows, max_size=rows), name), dtype=dtype
+        )
+        return column if data.draw(st.booleans(), name) else None
+
+    temperature = drawn("temperature", 0.0, 0.3, 2.0, dtype=torch.float32)
+    top_k = drawn("top_k", 0, 1, 5, 400, dtype=torch.int64)
+    top_p = drawn("top_p", 1.0, 0.9, 0.3, 0.0, dtype=torch.float32)
+    no_choice = drawn("no_choice", -1, 0, 400, dtype=torch.int64)
+    if no_choice is not None:
+        no_choice = torch.stack((no_choice, logits.float().argmax(1)), 1)
+    arguments = (logits, temperature, top_k, top_p)
+    whole = filter_top_k_top_p(*arguments, no_choice=no_choice)
+    for size in (1, 2, 3):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "_SCRATCH_BYTES", size * 24 * vocab)
+            assert torch.equal(filter_top_k_top_p(*arguments, no_choice=no_choice), whole)
+    asked = torch.zeros(rows, dtype=torch.bool)
+    asked |= False if top_k is None else top_k > 0
+    asked |= False if top_p is None else top_p < 1
+    scale = 1.0 if temperature is None else torch.where(temperature > 0, temperature, 1.0)[:, None]
+    assert torch.equal(whole[~asked], (logits.float() / scale)[~asked])
 
 
 @pytest.mark.parametrize(("rows", "vocab"), [(20, 126_464), (40_000, 50)])
