@@ -12,13 +12,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from kernels import ceilings, environment, graph_time, int32
+from measure import ceilings, environment, graph_time, int32
 from torch import Tensor
 
-from dllm_plugin.kernels import confidence, split_kv_cache, store_kv, unmask, window_attention
+from dllm_plugin.kernels.confidence import Choice, confidence
+from dllm_plugin.kernels.store_kv import split_kv_cache, store_kv
+from dllm_plugin.kernels.unmask import Segments, unmask
+from dllm_plugin.kernels.window_attention import PagedWindows, window_attention
 
 LAYERS, WIDTH, HEADS, HEAD_SIZE, INNER, VOCAB = 32, 4096, 32, 128, 12_288, 126_464
-MASK_ID, EOS_ID = 126_336, 126_081
+MASK_ID = 126_336
 BLOCK, CACHED, PAGE = 32, 1024, 16
 
 
@@ -78,28 +81,26 @@ class Step:
         self.slots = (self.block_table[:, position // PAGE] * PAGE + position % PAGE).flatten().to(torch.int64)
         angle = position.repeat(batch)[:, None] / 500_000 ** (torch.arange(0, HEAD_SIZE, 2, device="cuda") / HEAD_SIZE)
         self.cos, self.sin = angle.cos()[:, None], angle.sin()[:, None]
-        self.window = {
-            "query_start_loc": int32(list(range(0, tokens + 1, BLOCK)), "cuda"),
-            "window_start": int32([CACHED] * batch, "cuda"),
-            "visible": int32([CACHED + BLOCK] * batch, "cuda"),
-            "prefix_len": int32([0] * batch, "cuda"),
-            "block_length": int32([0] * batch, "cuda"),
-            "block_table": self.block_table,
-            "max_query_len": BLOCK,
-            "max_visible": CACHED + BLOCK,
-            "scale": HEAD_SIZE**-0.5,
-        }
+        self.windows = PagedWindows(
+            query_start_loc=int32(list(range(0, tokens + 1, BLOCK)), "cuda"),
+            window_start=int32([CACHED] * batch, "cuda"),
+            visible=int32([CACHED + BLOCK] * batch, "cuda"),
+            prefix_len=int32([0] * batch, "cuda"),
+            block_length=int32([0] * batch, "cuda"),
+            block_table=self.block_table,
+            max_query_len=BLOCK,
+            max_visible=CACHED + BLOCK,
+        )
         self.canvas_tokens = torch.full((batch, BLOCK), MASK_ID, dtype=torch.int32, device="cuda")
         self.canvas_masked = torch.ones(batch, BLOCK, dtype=torch.bool, device="cuda")
-        self.no_choice = torch.full((tokens, 1), MASK_ID, device="cuda")
-        self.policy = {
-            "slot": int32(list(range(batch)), "cuda"),
-            "segment_start_loc": self.window["query_start_loc"],
-            "row_cell": torch.arange(tokens, device="cuda"),
-            "quota": int32([1] * batch, "cuda"),
-            "threshold": torch.full((batch,), 0.9, device="cuda"),
-            "eos_token_id": int32([EOS_ID] * batch, "cuda"),
-        }
+        self.choice = Choice(no_choice=torch.full((tokens, 1), MASK_ID, device="cuda"))
+        self.segments = Segments(
+            slot=int32(list(range(batch)), "cuda"),
+            segment_start_loc=self.windows.query_start_loc,
+            row_cell=torch.arange(tokens, device="cuda"),
+            quota=int32([1] * batch, "cuda"),
+            threshold=torch.full((batch,), 0.9, device="cuda"),
+        )
 
     def __call__(self) -> Tensor:
         self.canvas_masked.fill_(True)  # every replay has a whole block to choose from
@@ -107,16 +108,15 @@ class Step:
         for layer, cache in zip(self.model.layers, self.caches, strict=True):
             x = x + self.attention(normalise(x, layer["norms"][0]), layer, cache)
             x = x + F.linear(gate(F.linear(normalise(x, layer["norms"][1]), layer["gate_up"])), layer["down"])
-        chosen = confidence(F.linear(normalise(x, self.model.norm), self.model.head), no_choice=self.no_choice)
-        return unmask(
-            self.canvas_tokens, self.canvas_masked, token=chosen.token, confidence=chosen.probability, **self.policy
-        ).summary
+        chosen = confidence(F.linear(normalise(x, self.model.norm), self.model.head), self.choice)
+        canvas = self.canvas_tokens, self.canvas_masked
+        return unmask(*canvas, self.segments, chosen.token, chosen.probability).summary
 
     def attention(self, x: Tensor, layer: dict[str, Tensor], cache: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = F.linear(x, layer["qkv"]).view(-1, 3 * HEADS, HEAD_SIZE).split(HEADS, 1)
         q, k = (rotate(part, self.cos, self.sin) for part in (q, k))
         store_kv(k, v, *cache, self.slots)
-        return F.linear(window_attention(q, *cache, **self.window).flatten(1), layer["out"])
+        return F.linear(window_attention(q, *cache, self.windows, HEAD_SIZE**-0.5).flatten(1), layer["out"])
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from kernels import environment
+from measure import environment
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from vllm import LLM, SamplingParams

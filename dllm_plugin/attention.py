@@ -12,35 +12,7 @@ from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from dllm_plugin.kernels.store_kv import split_kv_cache, store_kv
-from dllm_plugin.kernels.window_attention import full_attention, window_attention
-
-
-@dataclass(frozen=True, slots=True)
-class FullWindows:
-    """Windows that hold every key their queries see: no page is read. ``_cpu``: the same on the host."""
-
-    query_start_loc: torch.Tensor  # [windows + 1] int32
-    query_start_loc_cpu: list[int]
-    max_query_len: int
-
-
-@dataclass(frozen=True, slots=True)
-class PagedWindows:
-    """Windows that read keys of earlier steps, or see them block by block; the contract is `window_attention`'s."""
-
-    query_start_loc: torch.Tensor  # [windows + 1] int32, and so are the rest, [windows]
-    window_start: torch.Tensor
-    visible: torch.Tensor
-    prefix_len: torch.Tensor
-    block_length: torch.Tensor
-    block_table: torch.Tensor  # [windows, pages] int32
-    max_query_len: int
-    max_visible: int
-    query_start_loc_cpu: list[int]
-    window_start_cpu: list[int]
-    visible_cpu: list[int]
-    prefix_len_cpu: list[int]
-    block_length_cpu: list[int]
+from dllm_plugin.kernels.window_attention import PagedWindows, Windows, full_attention, window_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +24,7 @@ class WindowBatch:
     """
 
     num_full_tokens: int
-    full: FullWindows | None
+    full: Windows | None
     paged: PagedWindows | None = None
     first_stored: int = 0
     slot_mapping: torch.Tensor | None = None
@@ -106,54 +78,13 @@ class DiffusionAttention(nn.Module, AttentionLayerBase):
             stored = slice(batch.first_stored, None)
             store_kv(key[stored], value[stored], self.key_cache, self.value_cache, batch.slot_mapping)
         if batch.paged is None:
-            return self.attend_full(query, key, value, batch.full)
+            return full_attention(query, key, value, batch.full, self.scale)
         out = torch.empty_like(query)
         num_full = batch.num_full_tokens
         if batch.full is not None:
-            self.attend_full(query[:num_full], key[:num_full], value[:num_full], batch.full, out[:num_full])
-        self.attend_paged(query[num_full:], batch.paged, out[num_full:])
+            full_attention(*(x[:num_full] for x in (query, key, value)), batch.full, self.scale, out[:num_full])
+        window_attention(query[num_full:], self.key_cache, self.value_cache, batch.paged, self.scale, out[num_full:])
         return out
-
-    def attend_full(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        windows: FullWindows,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return full_attention(
-            query,
-            key,
-            value,
-            query_start_loc=windows.query_start_loc,
-            query_start_loc_cpu=windows.query_start_loc_cpu,
-            max_query_len=windows.max_query_len,
-            scale=self.scale,
-            out=out,
-        )
-
-    def attend_paged(self, query: torch.Tensor, windows: PagedWindows, out: torch.Tensor) -> torch.Tensor:
-        return window_attention(
-            query,
-            self.key_cache,
-            self.value_cache,
-            query_start_loc=windows.query_start_loc,
-            window_start=windows.window_start,
-            visible=windows.visible,
-            prefix_len=windows.prefix_len,
-            block_length=windows.block_length,
-            block_table=windows.block_table,
-            max_query_len=windows.max_query_len,
-            max_visible=windows.max_visible,
-            scale=self.scale,
-            out=out,
-            query_start_loc_cpu=windows.query_start_loc_cpu,
-            window_start_cpu=windows.window_start_cpu,
-            visible_cpu=windows.visible_cpu,
-            prefix_len_cpu=windows.prefix_len_cpu,
-            block_length_cpu=windows.block_length_cpu,
-        )
 
     def bind_kv_cache(self, kv_cache: torch.Tensor | None) -> None:
         """Take this layer's pages, logically ``[pages, num_kv_heads, page_size, 2 * head_size]`` in vLLM, or give them up."""

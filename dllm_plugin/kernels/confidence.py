@@ -17,28 +17,56 @@ in `no_choice`; its statistics are NaN where no column has mass, which `unmask` 
 returned, whatever the logits hold. Zero rows are allowed. Noise is a function of (seed, position, step, column).
 
 On a CPU the fp32 statistics have the bits of `torch.softmax(logits, -1)`: policies rank positions by them, and near 1.0 one
-rounding changes the order. The kernel agrees with the reference on the token, and to 1e-5 on the statistics.
+rounding changes the order. The kernel agrees with the rule on the token, and to 1e-5 on the statistics.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dllm_plugin.kernels import philox
+from dllm_plugin.kernels.confidence_triton import entropy_kernel, merge_kernel, part_kernel
 from dllm_plugin.kernels.dispatch import (
     INTERPRETED,
     contiguous,
     device_generation,
     num_multiprocessors,
     refuse_devices,
-    tl,
     triton,
     use_triton,
 )
 
 ENTROPY_EPSILON = 1e-10  # Dream's
 _SCRATCH_BYTES = 2_000_000
+_TILE, _TILE_WARPS = 1024, 4
+_PARTS_PER_MULTIPROCESSOR = 16  # as many as run at a time: more of them only repeat the work at the ends of a part
+_PARTIALS = 7  # score, token, maximum, sum, best logit, best column, best of the others
+_NOISE = {"temperature": torch.float32, "tempered": torch.bool} | dict.fromkeys(
+    ("seed", "position", "step"), torch.int64
+)
+_PER_ROW = ("no_choice", "no_mass", *_NOISE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What may be chosen in every row, with which noise, and which statistics are asked for."""
+
+    no_choice: Tensor | None = None  # [rows, A] int64, padded with -1
+    no_mass: Tensor | None = None  # [rows, B] int64, likewise
+    temperature: Tensor | None = None  # [rows] fp32; None: all greedy
+    tempered: Tensor | None = None  # [rows] bool
+    seed: Tensor | None = None  # [rows] int64, needed with `temperature` as the next two are
+    position: Tensor | None = None
+    step: Tensor | None = None
+    log_probability: bool = False
+    margin: bool = False
+    entropy: bool = False
+
+    def of(self, rows: slice | Tensor) -> "Choice":
+        """The choice in some of the rows."""
+        per_row = ((name, getattr(self, name)) for name in _PER_ROW)
+        return replace(self, **{name: tensor[rows] for name, tensor in per_row if tensor is not None})
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,160 +80,119 @@ class Confidence:
     entropy: Tensor | None = None
 
 
-def confidence(
-    logits: Tensor,
-    *,
-    no_choice: Tensor | None = None,
-    no_mass: Tensor | None = None,
-    temperature: Tensor | None = None,
-    tempered: Tensor | None = None,
-    seed: Tensor | None = None,
-    position: Tensor | None = None,
-    step: Tensor | None = None,
-    log_probability: bool = False,
-    margin: bool = False,
-    entropy: bool = False,
-) -> Confidence:
-    """Token and statistics of `logits` [rows, vocab], any float dtype, any row stride.
-
-    `no_choice` [rows, A] and `no_mass` [rows, B] int64; `temperature` [rows] fp32 (None: all greedy); `tempered` [rows] bool;
-    `seed`, `position`, `step` [rows] int64, needed with `temperature`.
-    """
-    check_arguments(logits, no_choice, no_mass, temperature, tempered, seed, position, step)
-    run = confidence_triton if use_triton(logits.device.type) else confidence_reference
-    return run(
-        logits,
-        no_choice,
-        no_mass,
-        temperature,
-        tempered,
-        (seed, position, step),
-        log_probability,
-        margin,
-        entropy,
-    )
+def confidence(logits: Tensor, choice: Choice) -> Confidence:
+    """Token and statistics of `logits` [rows, vocab], any float dtype, any row stride."""
+    _check(logits, choice)
+    return (confidence_triton if use_triton(logits.device.type) else confidence_cpu)(logits, choice)
 
 
-def confidence_reference(
-    logits: Tensor,
-    no_choice: Tensor | None,
-    no_mass: Tensor | None,
-    temperature: Tensor | None,
-    tempered: Tensor | None,
-    noise: tuple[Tensor | None, Tensor | None, Tensor | None],
-    log_probability: bool,
-    margin: bool,
-    entropy: bool,
-) -> Confidence:
+def confidence_rule(logits: Tensor, choice: Choice) -> Confidence:
+    """The contract in float64, whose statistics are all there, asked for or not."""
+    x = logits.double()
+    score = _without(x.clamp(min=torch.finfo(x.dtype).min), choice.no_choice)
+    best = token = score.argmax(1, keepdim=True)
+    if choice.temperature is not None:
+        temperature = choice.temperature[:, None].double()
+        noise = philox.gumbel(choice.seed, choice.position, choice.step, num_columns=x.shape[1])
+        token = torch.where(temperature > 0, score + temperature * noise, score).argmax(1, keepdim=True)
+        if choice.tempered is not None:
+            x = torch.where(choice.tempered[:, None] & (temperature > 0), x / temperature, x)
+    x = _without(x, choice.no_mass)
+    p = x.softmax(1)
+    margin = p.gather(1, best) - p.scatter(1, best, 0.0).amax(1, keepdim=True)
+    entropy = -(p * (p + ENTROPY_EPSILON).log()).sum(1)
+    chosen = (part.squeeze(1) for part in (token, p.gather(1, token), x.log_softmax(1).gather(1, token), margin))
+    return Confidence(*chosen, entropy)
+
+
+def _without(x: Tensor, ids: Tensor | None) -> Tensor:
+    """`x` with `-inf` in the columns that the rows of `ids` name."""
+    for entry in () if ids is None else ids.unbind(1):
+        x = x.masked_fill(entry[:, None] == torch.arange(x.shape[1], device=x.device), float("-inf"))
+    return x
+
+
+def confidence_cpu(logits: Tensor, choice: Choice) -> Confidence:
     """The torch path: blocks of rows through one fp32 scratch buffer, whatever the number of rows.
 
     No tensor beside the result takes more than 2,000,000 bytes, or one fp32 row where that is more. No number of a row
     depends on the rows beside it.
     """
     rows, vocab = logits.shape
-    per_row = [no_choice, no_mass, temperature, tempered, *noise]
     step = rows_per_block(vocab)
     if step >= rows:
-        changed = no_mass is not None or tempered is not None
+        changed = choice.no_mass is not None or choice.tempered is not None
         x = logits.to(torch.float32, copy=changed)
-        return Confidence(*_block(x, *per_row, log_probability, margin, entropy, overwrite=x is not logits))
+        return Confidence(*_block(x, choice, overwrite=x is not logits))
     scratch = logits.new_empty((step, vocab), dtype=torch.float32)
     blocks = []
     for begin in range(0, rows, step):
         window = slice(begin, begin + step)
         x = scratch[: rows - begin].copy_(logits[window])
-        mine = (None if tensor is None else tensor[window] for tensor in per_row)
-        blocks.append(_block(x, *mine, log_probability, margin, entropy, overwrite=True))
+        blocks.append(_block(x, choice.of(window), overwrite=True))
     return Confidence(*(None if column[0] is None else torch.cat(column) for column in zip(*blocks, strict=True)))
 
 
-def _block(
-    x: Tensor,
-    no_choice: Tensor | None,
-    no_mass: Tensor | None,
-    temperature: Tensor | None,
-    tempered: Tensor | None,
-    seed: Tensor | None,
-    position: Tensor | None,
-    step: Tensor | None,
-    log_probability: bool,
-    margin: bool,
-    entropy: bool,
-    overwrite: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Token, probability and statistics of fp32 logits `x`; False leaves them as they are where no column changes."""
-    best = token = _greedy(x, no_choice)
-    if temperature is not None:
-        token = _sample(x, token, no_choice, temperature, seed, position, step)
-    temper(x, temperature, tempered)
-    if no_mass is not None:
-        drop(x, no_mass)
+def _block(x: Tensor, choice: Choice, overwrite: bool) -> tuple[Tensor | None, ...]:
+    """The parts of a `Confidence` of fp32 logits `x`; False leaves them as they are where no column changes."""
+    best = token = _greedy(x, choice.no_choice)
+    if choice.temperature is not None:
+        token = _sample(x, token, choice)
+        if choice.tempered is not None:
+            x.div_(torch.where(choice.tempered & (choice.temperature > 0), choice.temperature, 1.0)[:, None])
+    if choice.no_mass is not None:
+        _drop(x, choice.no_mass)
 
     column = token[:, None]
-    if log_probability:
+    if choice.log_probability:
         below_max = x.gather(1, column).squeeze(1) - x.amax(1)
     p = torch.softmax(x, -1, out=x if overwrite else None)
     return (
         token,
         p.gather(1, column).squeeze(1),
         # The likeliest column has probability 1 / normaliser, which spares a pass of log_softmax.
-        below_max + p.amax(1).log() if log_probability else None,
-        _margin(p, best[:, None]) if margin else None,
-        _entropy(p) if entropy else None,
+        below_max + p.amax(1).log() if choice.log_probability else None,
+        _margin(p, best[:, None]) if choice.margin else None,
+        _entropy(p) if choice.entropy else None,
     )
 
 
 def _greedy(x: Tensor, no_choice: Tensor | None) -> Tensor:
-    token = first_argmax(x)
+    token = _first_argmax(x)
     if no_choice is not None:
         forbidden = (token.cpu().numpy()[:, None] == no_choice.cpu().numpy()).any(1)
         for row in _copied_rows(torch.from_numpy(forbidden).to(x.device), x):
-            token[row] = first_argmax(allow(x[row], no_choice[row]))
+            token[row] = _first_argmax(_allow(x[row], no_choice[row]))
     return token
 
 
-def _sample(
-    x: Tensor,
-    greedy: Tensor,
-    no_choice: Tensor | None,
-    temperature: Tensor,
-    seed: Tensor,
-    position: Tensor,
-    step: Tensor,
-) -> Tensor:
+def _sample(x: Tensor, greedy: Tensor, choice: Choice) -> Tensor:
     """Gumbel-max samples in the rows that have a temperature, the greedy token in the others."""
     token = greedy.clone()
-    for row in _copied_rows(temperature, x):
-        noised = allow(x[row], None if no_choice is None else no_choice[row])
-        add_noise(noised, temperature[row], seed[row], position[row], step[row])
-        token[row] = first_argmax(noised)
+    for row in _copied_rows(choice.temperature, x):
+        mine = choice.of(row)
+        noised = _allow(x[row], mine.no_choice)
+        _add_noise(noised, mine.temperature, mine.seed, mine.position, mine.step)
+        token[row] = _first_argmax(noised)
     return token
 
 
-def add_noise(
-    x: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, step: Tensor, vocab_start: int = 0
-) -> None:
+def _add_noise(x: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, step: Tensor) -> None:
     width = max(2**14 // x.shape[0], 128)  # columns at a time: the int64 words of Philox are the larger scratch
-    for part, begin in zip(x.split(width, 1), range(vocab_start, vocab_start + x.shape[1], width), strict=True):
+    for part, begin in zip(x.split(width, 1), range(0, x.shape[1], width), strict=True):
         bits = philox.row_bits(seed, position, step, philox.TOKEN, part.shape[1], begin)
         part.add_(philox.gumbel_from_bits(bits).mul_(temperature[:, None]))
 
 
-def temper(x: Tensor, temperature: Tensor | None, tempered: Tensor | None) -> None:
-    """Divides the tempered rows of `x` by their temperature."""
-    if tempered is not None:
-        x.div_(torch.where(tempered & (temperature > 0), temperature, 1.0)[:, None])
-
-
-def allow(x: Tensor, no_choice: Tensor | None) -> Tensor:
+def _allow(x: Tensor, no_choice: Tensor | None) -> Tensor:
     """`x` with its forbidden columns below all others, also below the `-inf` ones."""
     x.clamp_(min=torch.finfo(torch.float32).min)
     if no_choice is not None:
-        drop(x, no_choice)
+        _drop(x, no_choice)
     return x
 
 
-def drop(x: Tensor, ids: Tensor) -> None:
+def _drop(x: Tensor, ids: Tensor) -> None:
     """Puts `-inf` into the columns that the rows of `ids` name; other numbers name none."""
     if torch.equal(ids.clamp(0, x.shape[1] - 1), ids):
         x.scatter_(1, ids, float("-inf"))
@@ -214,7 +201,7 @@ def drop(x: Tensor, ids: Tensor) -> None:
         x[row, ids[row, entry]] = float("-inf")
 
 
-def first_argmax(x: Tensor) -> Tensor:
+def _first_argmax(x: Tensor) -> Tensor:
     """`x.argmax(1)`, lowest index on ties. On a CPU NumPy's is vectorised, and torch's takes 4 to 13 times as long."""
     return torch.from_numpy(x.numpy().argmax(1)) if x.device.type == "cpu" else x.argmax(1)
 
@@ -230,10 +217,10 @@ def _margin(p: Tensor, best: Tensor) -> Tensor:
 def _entropy(p: Tensor) -> Tensor:
     for part in p.split(_rows_per_copy(p)):
         part.mul_((part + ENTROPY_EPSILON).log_())
-    return sum_of_rows(p).neg_()
+    return _sum_of_rows(p).neg_()
 
 
-def sum_of_rows(x: Tensor) -> Tensor:
+def _sum_of_rows(x: Tensor) -> Tensor:
     """`x.sum(1)`, with the same bits whatever the number of rows: torch would split the sum of a single one over threads,
     in another order than that of one among many."""
     return x.expand(2, -1).sum(1)[:1] if len(x) == 1 else x.sum(1)
@@ -254,37 +241,26 @@ def _rows_per_copy(x: Tensor) -> int:
     return max(_SCRATCH_BYTES // (16 * x.shape[1]), 1)
 
 
-def check_arguments(
-    logits: Tensor,
-    no_choice: Tensor | None,
-    no_mass: Tensor | None,
-    temperature: Tensor | None,
-    tempered: Tensor | None,
-    *noise: Tensor | None,
-) -> None:
-    """`noise`: seed, position and step, left out where nothing is drawn."""
+def _check(logits: Tensor, choice: Choice) -> None:
     if logits.dim() != 2 or not logits.dtype.is_floating_point or logits.shape[1] == 0 or logits.stride(1) != 1:
         raise ValueError(
             f"logits must be floating [rows, vocab] with contiguous rows of at least one column, got {logits.dtype} "
             f"{list(logits.shape)} with strides {logits.stride()}; pass logits.contiguous()"
         )
     rows, device = logits.shape[0], logits.device
-    for name, ids in (("no_choice", no_choice), ("no_mass", no_mass)):
+    for name, ids in (("no_choice", choice.no_choice), ("no_mass", choice.no_mass)):
         if ids is None:
             continue
         if ids.dim() != 2 or ids.shape[0] != rows or ids.dtype != torch.int64:
             raise ValueError(f"{name} must be int64 [{rows}, n], padded with -1, got {ids.dtype} {list(ids.shape)}")
         if ids.device != device:
             refuse_devices(logits=logits, **{name: ids})
-    if temperature is None:
-        if tempered is not None:
+    if choice.temperature is None:
+        if choice.tempered is not None:
             raise ValueError("tempered asks for statistics at the row's temperature; pass temperature too")
         return
-    for name, tensor, dtype in (
-        ("temperature", temperature, torch.float32),
-        ("tempered", tempered, torch.bool),
-        *zip(("seed", "position", "step"), noise, (torch.int64,) * 3, strict=False),
-    ):
+    for name, dtype in _NOISE.items():
+        tensor = getattr(choice, name)
         if tensor is None:
             if name != "tempered":
                 raise ValueError(f"temperature needs {name} [{rows}] for its noise; pass it, or temperature=None")
@@ -294,358 +270,55 @@ def check_arguments(
             refuse_devices(logits=logits, **{name: tensor})
 
 
-# A program reads some tiles of a row once. It keeps a maximum and a sum for every eight neighbouring columns, so that an
-# element costs a conversion, two comparisons and an exponential and nothing crosses threads inside the loop, and finds the
-# winning column at the end by reading its eight again. It leaves seven numbers, which a second kernel merges in the order
-# of the columns. Nothing is summed atomically. Column ids travel as fp32, exact below 2**24.
-_TILE, _TILE_WARPS = 1024, 4
-_PARTS_PER_MULTIPROCESSOR = 16  # as many as run at a time: more of them only repeat the work at the ends of a part
-_PARTIALS = 7  # score, token, maximum, sum, best logit, best column, best of the others
-# What `shard_statistics` returns for a row, and the merge of its tiles leaves.
-SCORE, TOKEN, TOKEN_LOGIT, MAXIMUM, SUM, BEST, BEST_LOGIT, OTHER = range(8)
-NUM_STATISTICS = 8
-
-
-def confidence_triton(
-    logits: Tensor,
-    no_choice: Tensor | None,
-    no_mass: Tensor | None,
-    temperature: Tensor | None,
-    tempered: Tensor | None,
-    noise: tuple[Tensor | None, Tensor | None, Tensor | None],
-    log_probability: bool,
-    margin: bool,
-    entropy: bool,
-) -> Confidence:
+def confidence_triton(logits: Tensor, choice: Choice) -> Confidence:
     """Two launches; the entropy, whose epsilon needs the finished normaliser, reads the logits once more."""
-    rows = logits.shape[0]
+    rows, vocab = logits.shape
+    margin, entropy = choice.margin, choice.entropy
     result = Confidence(
         logits.new_empty(rows, dtype=torch.int64),
         *(
             logits.new_empty(rows, dtype=torch.float32) if wanted else None
-            for wanted in (True, log_probability, margin, entropy)
+            for wanted in (True, choice.log_probability, margin, entropy)
         ),
     )
-    statistics = launch_statistics(
-        logits, 0, no_choice, no_mass, temperature, tempered, noise, margin, result, keep=entropy
-    )
+    if rows == 0:
+        return result
+    no_choice, no_mass, temperature, tempered, *noise = contiguous(*(getattr(choice, name) for name in _PER_ROW))
+    num_no_choice, num_no_mass = (0 if ids is None else ids.shape[1] for ids in (no_choice, no_mass))
+    tile, tiles, parts = _split_rows(logits)
+    num_warps = max(tile * _TILE_WARPS // _TILE, 1)
+    partial = logits.new_empty((rows, _PARTIALS, parts), dtype=torch.float32)
+    normalizer = logits.new_empty((rows, 2), dtype=torch.float32) if entropy else None
+    # From capability 9 on the second kernel is launched while the first one ends, and waits for it on the device.
+    early = device_generation(logits.device) >= 9 and not INTERPRETED
+    part_kernel[(rows * parts,)](
+        logits, logits.stride(0), no_choice, no_mass, temperature, tempered, *noise, partial,
+        vocab, tiles, parts,
+        NO_CHOICE=num_no_choice, NO_MASS=num_no_mass, MARGIN=margin, TOKEN_STREAM=philox.TOKEN,
+        PARTIALS=_PARTIALS, BLOCK=tile, EARLY=early, num_warps=num_warps,
+    )  # fmt: skip
+    merge_kernel[(rows,)](
+        partial, logits, logits.stride(0), no_mass, temperature, tempered, normalizer,
+        result.token, result.probability, result.log_probability, result.margin, parts,
+        NO_MASS=num_no_mass, MARGIN=margin, PARTIALS=_PARTIALS, BLOCK=triton.next_power_of_2(parts), EARLY=early,
+        num_warps=1, **({"launch_pdl": True} if early else {}),
+    )  # fmt: skip
     if entropy:
-        launch_entropy(logits, 0, no_mass, temperature, tempered, statistics, result.entropy)
+        partial = logits.new_empty((rows, parts), dtype=torch.float32)
+        entropy_kernel[(rows * parts,)](
+            logits, logits.stride(0), no_mass, temperature, tempered, normalizer, partial,
+            vocab, tiles, parts,
+            NO_MASS=num_no_mass, EPSILON=ENTROPY_EPSILON, BLOCK=tile, num_warps=num_warps,
+        )  # fmt: skip
+        torch.sum(partial, 1, out=result.entropy).neg_()
     return result
 
 
-def launch_statistics(
-    logits: Tensor,
-    vocab_start: int,
-    no_choice: Tensor | None,
-    no_mass: Tensor | None,
-    temperature: Tensor | None,
-    tempered: Tensor | None,
-    noise: tuple[Tensor | None, Tensor | None, Tensor | None],
-    margin: bool,
-    result: Confidence | None,
-    keep: bool,
-) -> Tensor | None:
-    """Fills `result` if there is one; returns the statistics [rows, NUM_STATISTICS] if they are to be kept."""
+def _split_rows(logits: Tensor) -> tuple[int, int, int]:
+    """Columns of a tile, tiles of a part, parts of a row."""
     rows, vocab = logits.shape
-    no_choice, no_mass, temperature, tempered, *noise = contiguous(no_choice, no_mass, temperature, tempered, *noise)
-    statistics = logits.new_empty((rows, NUM_STATISTICS), dtype=torch.float32) if keep else None
-    if rows == 0:
-        return statistics
-    tile, tiles, parts = _split_rows(logits, vocab_start)
-    partial = logits.new_empty((rows, _PARTIALS, parts), dtype=torch.float32)
-    num_no_choice, num_no_mass = (0 if ids is None else ids.shape[1] for ids in (no_choice, no_mass))
-    # From capability 9 on the second kernel is launched while the first one ends, and waits for it on the device.
-    early = device_generation(logits.device) >= 9 and not INTERPRETED
-    _part_kernel[(rows * parts,)](
-        logits, logits.stride(0), no_choice, no_mass, temperature, tempered, *noise, partial,
-        vocab, vocab_start, tiles, parts,
-        NO_CHOICE=num_no_choice, NO_MASS=num_no_mass, MARGIN=margin, TOKEN_STREAM=philox.TOKEN,
-        PARTIALS=_PARTIALS, OFFSET=vocab_start % 4, BLOCK=tile, EARLY=early,
-        num_warps=max(tile * _TILE_WARPS // _TILE, 1),
-    )  # fmt: skip
-    outputs = (None,) * 4
-    if result is not None:
-        outputs = (result.token, result.probability, result.log_probability, result.margin)
-    _merge_kernel[(rows,)](
-        partial, logits, logits.stride(0), no_mass, temperature, tempered, statistics, *outputs,
-        vocab_start, parts,
-        NO_MASS=num_no_mass, MARGIN=margin, STATISTICS=NUM_STATISTICS, PARTIALS=_PARTIALS,
-        BLOCK=triton.next_power_of_2(parts), EARLY=early,
-        num_warps=1, **({"launch_pdl": True} if early else {}),
-    )  # fmt: skip
-    return statistics
-
-
-def launch_entropy(
-    logits: Tensor,
-    vocab_start: int,
-    no_mass: Tensor | None,
-    temperature: Tensor | None,
-    tempered: Tensor | None,
-    statistics: Tensor,
-    out: Tensor,
-) -> None:
-    """The part of these columns in the entropy of the rows whose merged `statistics` these are."""
-    rows, vocab = logits.shape
-    no_mass, temperature, tempered, statistics = contiguous(no_mass, temperature, tempered, statistics)
-    if rows:
-        tile, tiles, parts = _split_rows(logits, vocab_start)
-        partial = logits.new_empty((rows, parts), dtype=torch.float32)
-        _entropy_kernel[(rows * parts,)](
-            logits, logits.stride(0), no_mass, temperature, tempered, statistics, partial,
-            vocab, vocab_start, tiles, parts,
-            NO_MASS=0 if no_mass is None else no_mass.shape[1], EPSILON=ENTROPY_EPSILON,
-            MAXIMUM=MAXIMUM, SUM=SUM, STATISTICS=NUM_STATISTICS, BLOCK=tile, num_warps=max(tile * _TILE_WARPS // _TILE, 1),
-        )  # fmt: skip
-        torch.sum(partial, 1, out=out)
-        out.neg_()
-
-
-def _split_rows(logits: Tensor, vocab_start: int) -> tuple[int, int, int]:
-    """Columns of a tile, tiles of a part, parts of a row. Tiles start where a block of noise does."""
-    rows, vocab = logits.shape
-    columns = vocab + vocab_start % 4
-    tile = min(_TILE, max(triton.next_power_of_2(columns), 128))
-    tiles = triton.cdiv(columns, tile)
+    tile = min(_TILE, max(triton.next_power_of_2(vocab), 128))
+    tiles = triton.cdiv(vocab, tile)
     slots = _PARTS_PER_MULTIPROCESSOR * num_multiprocessors(logits.device)
     parts = triton.cdiv(tiles, min(max(triton.cdiv(rows * tiles, slots), 1), tiles))
     return tile, triton.cdiv(tiles, parts), parts
-
-
-@triton.jit
-def _temper(x, row, temperature_ptr, tempered_ptr):
-    """The logits that the statistics are of."""
-    if tempered_ptr is not None:
-        temperature = tl.load(temperature_ptr + row)
-        if tl.load(tempered_ptr + row) & (temperature > 0):
-            x = x / temperature
-    return x
-
-
-@triton.jit
-def _without(x, column, row, ids_ptr, COUNT: tl.constexpr):
-    """`x` with `-inf` in the columns that the row's ids name."""
-    for entry in tl.static_range(COUNT):
-        x = tl.where(column == tl.load(ids_ptr + row * COUNT + entry), float("-inf"), x)
-    return x
-
-
-@triton.jit
-def _any_inside(first, vocab_start, row, ids_ptr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Whether one of the row's ids lies in a tile. Few do: the other tiles are spared the comparison of their columns."""
-    inside = first < first
-    for entry in tl.static_range(COUNT):
-        column = tl.load(ids_ptr + row * COUNT + entry) - vocab_start
-        inside = inside | ((column >= first) & (column < first + BLOCK))
-    return inside
-
-
-@triton.jit
-def _first_of_eight(score, column):
-    """Lowest column of the highest of eight scores, past all columns if none is a number above -inf."""
-    highest = tl.max(score, 0)
-    return tl.min(tl.where((score == highest) & (score > float("-inf")), column, 2147483647), 0)
-
-
-@triton.jit
-def _part_kernel(
-    logits_ptr, logits_stride, no_choice_ptr, no_mass_ptr, temperature_ptr, tempered_ptr, seed_ptr, position_ptr,
-    step_ptr, partial_ptr,
-    vocab, vocab_start, tiles, parts,
-    NO_CHOICE: tl.constexpr, NO_MASS: tl.constexpr, MARGIN: tl.constexpr, TOKEN_STREAM: tl.constexpr,
-    PARTIALS: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """The seven numbers of one part of one row."""
-    GROUPS: tl.constexpr = BLOCK // 8
-    lowest = float("-inf")
-    row = (tl.program_id(0) // parts).to(tl.int64)
-    part = tl.program_id(0) % parts
-    logits = logits_ptr + row * logits_stride
-    first = part * tiles * BLOCK - OFFSET  # counted within these logits, as all columns here
-    noisy = False
-    if temperature_ptr is not None:
-        temperature = tl.load(temperature_ptr + row)
-        noisy = temperature > 0
-        seed, position, step = tl.load(seed_ptr + row), tl.load(position_ptr + row), tl.load(step_ptr + row)
-
-    best = tl.full([GROUPS], lowest, tl.float32)  # of what may be chosen, and the tile where it was first seen
-    best_tile = tl.zeros([GROUPS], tl.int32)
-    drawn, drawn_tile = best, best_tile  # the same with noise
-    peak, peak_tile = best, best_tile  # of what has mass
-    second = best  # the highest after it, of another tile
-    total = tl.zeros([GROUPS], tl.float32)  # sum of exponentials relative to the peak
-    end = tl.minimum(first + tiles * BLOCK, vocab)
-    for tile in range(tiles):
-        start = first + tile * BLOCK
-        column = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + column, mask=(column >= 0) & (column < end), other=lowest).to(tl.float32)
-        high = tl.max(tl.reshape(x, [GROUPS, 8]), 1)
-        top = high
-        if _any_inside(start, vocab_start, row, no_choice_ptr, NO_CHOICE, BLOCK):
-            top = tl.max(tl.reshape(_without(x, column + vocab_start, row, no_choice_ptr, NO_CHOICE), [GROUPS, 8]), 1)
-        best_tile = tl.where(top > best, tile, best_tile)
-        best = tl.maximum(best, top)
-        if temperature_ptr is not None:
-            if noisy:
-                bits = philox.row_bits_block(seed, position, step, (start + vocab_start) // 4, TOKEN_STREAM, BLOCK // 4)
-                score = _without(x, column + vocab_start, row, no_choice_ptr, NO_CHOICE)
-                score += temperature * philox.gumbel_from_bits_block(bits)
-                top = tl.max(tl.reshape(score, [GROUPS, 8]), 1)
-            drawn_tile = tl.where(top > drawn, tile, drawn_tile)
-            drawn = tl.maximum(drawn, top)
-
-        logit = _temper(x, row, temperature_ptr, tempered_ptr)
-        if _any_inside(start, vocab_start, row, no_mass_ptr, NO_MASS, BLOCK):
-            logit = _without(logit, column + vocab_start, row, no_mass_ptr, NO_MASS)
-        logit = tl.reshape(logit, [GROUPS, 8])
-        if NO_MASS > 0 or tempered_ptr is not None:
-            high = tl.max(logit, 1)
-        if MARGIN:
-            second = tl.maximum(second, tl.minimum(high, peak))
-            peak_tile = tl.where(high > peak, tile, peak_tile)
-        higher = tl.maximum(peak, high)
-        base = tl.where(higher == lowest, 0.0, higher)  # or no mass so far would subtract -inf from -inf
-        weights = tl.exp2((logit - base[:, None]) * 1.4426950408889634)
-        total = total * tl.exp2((peak - base) * 1.4426950408889634) + tl.sum(weights, 1)
-        peak = higher
-
-    # The lowest column of the best score: the first tile, in it the first group, in it the first of its eight.
-    eight, group = tl.arange(0, 8), tl.arange(0, GROUPS)
-    best_score = tl.max(best, 0)
-    best_group = tl.min(tl.where(best == best_score, best_tile * GROUPS + group, tiles * GROUPS - 1), 0)
-    near = first + best_group * 8 + eight
-    near_x = tl.load(logits + near, mask=(near >= 0) & (near < vocab), other=lowest).to(tl.float32)
-    best_column = _first_of_eight(_without(near_x, near + vocab_start, row, no_choice_ptr, NO_CHOICE), near)
-    if (best_score > lowest) == 0:
-        # Nothing but -inf and NaN: the lowest column that may be chosen, below every number and above no choice.
-        best_column = tl.maximum(first, 0)
-        for _ in tl.static_range(NO_CHOICE):
-            for entry in tl.static_range(NO_CHOICE):
-                best_column += (best_column + vocab_start == tl.load(no_choice_ptr + row * NO_CHOICE + entry)).to(
-                    tl.int32
-                )
-        exists = best_column < end
-        best_score = tl.where(exists, -3.4028234663852886e38, lowest)
-    score, chosen = best_score, best_column
-    if temperature_ptr is not None:
-        drawn_score = tl.max(drawn, 0)
-        if noisy & (drawn_score > lowest):
-            drawn_group = tl.min(tl.where(drawn == drawn_score, drawn_tile * GROUPS + group, tiles * GROUPS - 1), 0)
-            close = first + drawn_group * 8 + eight
-            close_x = tl.load(logits + close, mask=(close >= 0) & (close < vocab), other=lowest).to(tl.float32)
-            bits = philox.row_bits_block(
-                seed, position, step, (first + vocab_start + drawn_group * 8) // 4, TOKEN_STREAM, 2
-            )
-            close_score = _without(close_x, close + vocab_start, row, no_choice_ptr, NO_CHOICE)
-            close_score += temperature * philox.gumbel_from_bits_block(bits)
-            score, chosen = drawn_score, _first_of_eight(close_score, close)
-
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-    out = partial_ptr + row * PARTIALS * parts + part
-    maximum = tl.max(peak, 0)
-    tl.store(out, score)
-    tl.store(out + parts, (chosen + vocab_start).to(tl.float32))
-    tl.store(out + 2 * parts, maximum)
-    tl.store(out + 3 * parts, tl.sum(total * tl.exp(peak - tl.where(maximum == lowest, 0.0, maximum)), 0))
-    if MARGIN:
-        near_logit = _temper(near_x, row, temperature_ptr, tempered_ptr)
-        near_logit = _without(near_logit, near + vocab_start, row, no_mass_ptr, NO_MASS)
-        beside = tl.max(tl.where(near == best_column, lowest, near_logit), 0)
-        elsewhere = tl.where(peak_tile == best_group // GROUPS, second, peak)
-        elsewhere = tl.max(tl.where(group == best_group % GROUPS, elsewhere, peak), 0)
-        tl.store(out + 4 * parts, best_score)
-        tl.store(out + 5 * parts, (best_column + vocab_start).to(tl.float32))
-        tl.store(out + 6 * parts, tl.maximum(beside, elsewhere))
-
-
-@triton.jit
-def _merge_kernel(
-    partial_ptr, logits_ptr, logits_stride, no_mass_ptr, temperature_ptr, tempered_ptr, statistics_ptr,
-    token_ptr, probability_ptr, log_probability_ptr, margin_ptr,
-    vocab_start, parts,
-    NO_MASS: tl.constexpr, MARGIN: tl.constexpr, STATISTICS: tl.constexpr, PARTIALS: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
-):  # fmt: skip
-    """Merges the parts of one row."""
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-    row = tl.program_id(0).to(tl.int64)
-    part = tl.arange(0, BLOCK)
-    inside = part < parts
-    source = partial_ptr + row * PARTIALS * parts + part
-    lowest, nowhere = float("-inf"), 2147483648.0
-
-    # Columns ascend with the parts, so the lowest column of the best score is the first of ties.
-    scores = tl.load(source, mask=inside, other=lowest)
-    score = tl.max(scores, 0)
-    tokens = tl.load(source + parts, mask=inside, other=nowhere)
-    token = tl.min(tl.where(scores == score, tokens, nowhere), 0)
-    maxima = tl.load(source + 2 * parts, mask=inside, other=lowest)
-    maximum = tl.max(maxima, 0)
-    sums = tl.load(source + 3 * parts, mask=inside, other=0.0)
-    total = tl.sum(sums * tl.exp(maxima - tl.where(maximum == lowest, 0.0, maximum)), 0)
-    logits = logits_ptr + row * logits_stride - vocab_start
-    column = token.to(tl.int64)
-    x = tl.load(logits + column, mask=score > lowest, other=lowest).to(tl.float32)
-    token_logit = _temper(x, row, temperature_ptr, tempered_ptr)
-    token_logit = _without(token_logit, column, row, no_mass_ptr, NO_MASS)
-
-    if MARGIN:
-        bests = tl.load(source + 4 * parts, mask=inside, other=lowest)
-        columns = tl.load(source + 5 * parts, mask=inside, other=nowhere)
-        best = tl.max(bests, 0)
-        best_token = tl.min(tl.where(bests == best, columns, nowhere), 0)
-        best_column = best_token.to(tl.int64)
-        best_x = tl.load(logits + best_column, mask=best > lowest, other=lowest).to(tl.float32)
-        best_logit = _temper(best_x, row, temperature_ptr, tempered_ptr)
-        best_logit = _without(best_logit, best_column, row, no_mass_ptr, NO_MASS)
-        # In the part of the best column its runner-up competes, in the others their maximum.
-        others = tl.load(source + 6 * parts, mask=inside, other=lowest)
-        other = tl.max(tl.where(columns == best_token, others, maxima), 0)
-    else:
-        best, best_logit, other = lowest, lowest, lowest
-
-    if statistics_ptr is not None:
-        out = statistics_ptr + row * STATISTICS
-        tl.store(out, score)
-        tl.store(out + 1, token)
-        tl.store(out + 2, token_logit)
-        tl.store(out + 3, maximum)
-        tl.store(out + 4, total)
-        tl.store(out + 5, best)
-        tl.store(out + 6, best_logit)
-        tl.store(out + 7, other)
-    if token_ptr is not None:
-        tl.store(token_ptr + row, column)
-        tl.store(probability_ptr + row, tl.exp(token_logit - maximum) / total)
-        if log_probability_ptr is not None:
-            tl.store(log_probability_ptr + row, token_logit - maximum - tl.log(total))
-        if margin_ptr is not None:
-            tl.store(margin_ptr + row, (tl.exp(best_logit - maximum) - tl.exp(other - maximum)) / total)
-
-
-@triton.jit
-def _entropy_kernel(
-    logits_ptr, logits_stride, no_mass_ptr, temperature_ptr, tempered_ptr, statistics_ptr, partial_ptr,
-    vocab, vocab_start, tiles, parts,
-    NO_MASS: tl.constexpr, EPSILON: tl.constexpr, MAXIMUM: tl.constexpr, SUM: tl.constexpr, STATISTICS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """sum(p * log(p + epsilon)) over one part of one row."""
-    GROUPS: tl.constexpr = BLOCK // 8
-    row = (tl.program_id(0) // parts).to(tl.int64)
-    part = tl.program_id(0) % parts
-    maximum = tl.load(statistics_ptr + row * STATISTICS + MAXIMUM)
-    scale = 1.0 / tl.load(statistics_ptr + row * STATISTICS + SUM)
-    entropy = tl.zeros([GROUPS], tl.float32)
-    for tile in range(tiles):
-        column = (part * tiles + tile) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(logits_ptr + row * logits_stride + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
-        logit = _temper(x, row, temperature_ptr, tempered_ptr)
-        if _any_inside((part * tiles + tile) * BLOCK, vocab_start, row, no_mass_ptr, NO_MASS, BLOCK):
-            logit = _without(logit, column + vocab_start, row, no_mass_ptr, NO_MASS)
-        p = tl.exp2((logit - maximum) * 1.4426950408889634) * scale
-        entropy += tl.sum(tl.reshape(p * tl.log(p + EPSILON), [GROUPS, 8]), 1)
-    tl.store(partial_ptr + row * parts + part, tl.sum(entropy, 0))

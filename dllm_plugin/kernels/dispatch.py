@@ -1,8 +1,8 @@
-"""Which implementation runs: the Triton kernel on CUDA tensors, the reference elsewhere.
+"""Which implementation runs: the Triton kernel on CUDA tensors, the CPU path elsewhere.
 
-`DLLM_PLUGIN_KERNELS=triton` or `=torch` overrides the choice for every operation; `torch` means the reference, which
-for `unmask` is NumPy. The choice is logged once for each
-device type. Without Triton the package still imports and the references run.
+`DLLM_PLUGIN_KERNELS=triton` or `=torch` overrides the choice for every operation; `torch` means the CPU path, which for
+`unmask` is NumPy. vLLM's log shows the choice once for each device type. Without Triton the package still imports and the
+CPU paths run.
 """
 
 import functools
@@ -49,7 +49,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # that a float32 holds 
 # Triton decides at decoration time whether a kernel is interpreted, so this is read once, at the same time.
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm." + __name__)
 
 
 @functools.cache
@@ -70,7 +70,7 @@ def use_triton(device_type: str) -> bool:
     else:
         choice = asked == "" and device_type == "cuda" and HAS_TRITON
         if asked == "" and device_type == "cuda" and not HAS_TRITON:
-            logger.warning("triton is not installed: the torch references run on CUDA, slowly; install triton")
+            logger.warning("triton is not installed: the CPU paths run on CUDA, slowly; install triton")
     reason = f"{ENVIRONMENT}={asked}" if asked else "chosen by device"
     logger.info("dllm_plugin kernels on %s: %s (%s)", device_type, "triton" if choice else "torch", reason)
     return choice

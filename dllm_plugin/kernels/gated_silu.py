@@ -1,7 +1,7 @@
 """The gated activation `silu(gate) * up` of a projection that holds gates and ups side by side.
 
 `silu(gate) = gate / (1 + exp(-gate))` is computed in float32 and rounded to the dtype before the product, which is rounded again.
-Zero rows are allowed. The exponentials of kernel and reference differ by a few float32 roundings.
+Zero rows are allowed. The exponentials of kernel and rule differ by a few float32 roundings.
 """
 
 import torch.nn.functional as F
@@ -17,11 +17,11 @@ def gated_silu(x: Tensor) -> Tensor:
             f"x must be bf16, fp16 or fp32 [rows, 2 * size] with contiguous columns, got {x.dtype} {list(x.shape)} with "
             f"strides {x.stride()}"
         )
-    run = gated_silu_triton if use_triton(x.device.type) else gated_silu_reference
+    run = gated_silu_triton if use_triton(x.device.type) else gated_silu_rule
     return run(x)
 
 
-def gated_silu_reference(x: Tensor) -> Tensor:
+def gated_silu_rule(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 

@@ -68,22 +68,19 @@ def _as_matrix(tensor: Tensor) -> tuple[int, int, int, int, int] | None:
 
 
 def launch(
+    grid: tuple[int, int, int],
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    partial: Tensor | None,
-    lse: Tensor | None,
-    query_start_loc: Tensor,
-    window: tuple,
-    page_size: int,
-    num_tiles: int,
-    num_splits: int,
+    window: tuple[Tensor | int | None, ...],
     scale: float,
+    out: Tensor,
+    partials: tuple[Tensor | None, Tensor | None],
 ) -> None:
-    """As `window_attention._launch`; `partial` and `lse` take the splits' results where there are several."""
+    """As `window_attention.attention_triton`. `window`: the kernel's arguments from query_start_loc to table_stride_page;
+    `partials`: where the splits' results and their logarithms go if there are several."""
     tokens, num_heads, head_size = query.shape
-    num_kv_heads = key.shape[-2]
+    page_size = key.shape[1] if key.dim() == 4 else 0
     box = min(page_size & -page_size, KEYS) if page_size else KEYS
     dtype = gl.bfloat16 if query.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for([KEYS, head_size], dtype)
@@ -92,14 +89,13 @@ def launch(
         TensorDescriptor(tensor, list(_as_matrix(tensor)[:2]), [tensor.stride(-3), 1], [box, head_size], layout)
         for tensor in (key, value)
     ]
-    unused = query_start_loc  # stands for what a launch without pages or splits does not read
-    *per_request, table_stride, table_stride_page = window
-    _hopper_kernel[(num_tiles, num_kv_heads, num_splits)](
-        query, *matrices, out, *(unused if tensor is None else tensor for tensor in (partial, lse)), query_start_loc,
-        *(unused if tensor is None else tensor for tensor in per_request), table_stride, table_stride_page,
+    query_start_loc = window[0]  # stands for what a launch without pages or splits does not read
+    _hopper_kernel[grid](
+        query, *matrices, out,
+        *(query_start_loc if argument is None else argument for argument in (*partials, *window)),
         scale * 1.4426950408889634, query_start_loc.shape[0] - 1, tokens,
         *query.stride()[:2], *steps, *out.stride()[:2],
-        PAGE_SIZE=page_size, GROUP=num_heads // num_kv_heads, HEAD_SIZE=head_size, SPLITS=num_splits, BOX=box,
+        PAGE_SIZE=page_size, GROUP=num_heads // key.shape[-2], HEAD_SIZE=head_size, SPLITS=grid[2], BOX=box,
         ROWS=ROWS, KEYS=KEYS, STAGES=STAGES, num_warps=4,
     )  # fmt: skip
 

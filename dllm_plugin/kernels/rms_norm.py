@@ -2,7 +2,7 @@
 
 `x + residual` is rounded to the dtype of `x`. `x / sqrt(mean(x²) + eps)` is computed in float32 and rounded to the dtype of `x`
 before it is multiplied by the weight and rounded again, which is HF Llama's order. Zero rows are allowed. Kernel and
-reference agree exactly on `x + residual`; their norms differ by a few float32 roundings, because they add up a row in
+rule agree exactly on `x + residual`; their norms differ by a few float32 roundings, because they add up a row in
 another order.
 """
 
@@ -34,11 +34,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
             f"residual must be {x.dtype} {list(x.shape)} with contiguous columns as x is, got {residual.dtype} "
             f"{list(residual.shape)} with strides {residual.stride()}"
         )
-    run = rms_norm_triton if use_triton(x.device.type) else rms_norm_reference
+    run = rms_norm_triton if use_triton(x.device.type) else rms_norm_rule
     return run(x, weight, eps, residual)
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+def rms_norm_rule(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     if residual is not None:
         x = x + residual
     wide = x.float()

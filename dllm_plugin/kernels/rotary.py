@@ -1,7 +1,7 @@
 """Rotary embedding of queries and keys, NeoX layout: dimension i turns with dimension i + head_size / 2.
 
 `x * cos + rotated_half(x) * sin` in the dtype of `cos` and `sin`: `x` is converted to it, and both products and their sum are
-rounded to it. The result is rounded to the dtype of `x`. Zero tokens are allowed. Reference and kernel agree exactly.
+rounded to it. The result is rounded to the dtype of `x`. Zero tokens are allowed. Rule and kernel agree exactly.
 """
 
 import torch
@@ -41,13 +41,11 @@ def rotate(heads: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: T
             f"{cos.dtype} {list(cos.shape)} with strides {cos.stride()} and {sin.dtype} {list(sin.shape)} with strides "
             f"{sin.stride()}"
         )
-    run = rotate_triton if use_triton(heads.device.type) else rotate_reference
+    run = rotate_triton if use_triton(heads.device.type) else rotate_rule
     return run(heads, num_heads, num_kv_heads, cos, sin)
 
 
-def rotate_reference(
-    heads: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
+def rotate_rule(heads: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     query, key, _ = heads.tensor_split((num_heads, num_heads + num_kv_heads), dim=1)
     return _rotated(query, cos, sin), _rotated(key, cos, sin)
 

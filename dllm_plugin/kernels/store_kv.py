@@ -1,8 +1,7 @@
 """Writes the keys and values of a step into their pages of the KV cache.
 
-`slot_mapping[token]` is `page * page_size + offset`; a negative slot is skipped (padding). Values are stored in the dtype
-of the cache. Two tokens must not share a slot. A page holds a multiple of 16 tokens, as vLLM's do. Reference and kernel
-agree exactly.
+`slot_mapping[token]` is `page * page_size + offset`. Values are stored in the dtype of the cache. Two tokens must not
+share a slot. A page holds a multiple of 16 tokens, as vLLM's do. Rule and kernel agree exactly.
 """
 
 import torch
@@ -55,7 +54,7 @@ def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
         raise ValueError(
             f"slot_mapping must be int64 [{key.shape[0]}], got {slot_mapping.dtype} {list(slot_mapping.shape)}"
         )
-    run = store_kv_triton if use_triton(device.type) else store_kv_reference
+    run = store_kv_triton if use_triton(device.type) else store_kv_rule
     run(key, value, key_cache, value_cache, slot_mapping)
 
 
@@ -70,12 +69,7 @@ def check_cache(key_cache: Tensor) -> None:
         raise ValueError(f"page_size must be a multiple of 16, got {page_size}; set vLLM's block_size to 16 or 32")
 
 
-def store_kv_reference(
-    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
-) -> None:
-    used = slot_mapping >= 0
-    if not used.all():
-        key, value, slot_mapping = key[used], value[used], slot_mapping[used]
+def store_kv_rule(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
     page_size = key_cache.shape[1]
     page, offset = slot_mapping // page_size, slot_mapping % page_size
     key_cache[page, offset] = key.to(key_cache.dtype)
@@ -104,16 +98,13 @@ def _store_kv_kernel(
     """One token a program."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping_ptr + token * slot_stride)
-    if slot >= 0:
-        page, offset = slot // page_size, slot % page_size
-        item = tl.arange(0, BLOCK)
-        head, dim = item // HEAD_SIZE, item % HEAD_SIZE
-        inside = head < NUM_KV_HEADS
-        k = tl.load(key_ptr + token * key_stride_token + head * key_stride_head + dim, mask=inside)
-        v = tl.load(value_ptr + token * value_stride_token + head * value_stride_head + dim, mask=inside)
-        k_cell = page * key_cache_stride_page + offset * key_cache_stride_token + head * key_cache_stride_head + dim
-        v_cell = (
-            page * value_cache_stride_page + offset * value_cache_stride_token + head * value_cache_stride_head + dim
-        )
-        tl.store(key_cache_ptr + k_cell, k.to(key_cache_ptr.dtype.element_ty), mask=inside)
-        tl.store(value_cache_ptr + v_cell, v.to(value_cache_ptr.dtype.element_ty), mask=inside)
+    page, offset = slot // page_size, slot % page_size
+    item = tl.arange(0, BLOCK)
+    head, dim = item // HEAD_SIZE, item % HEAD_SIZE
+    inside = head < NUM_KV_HEADS
+    k = tl.load(key_ptr + token * key_stride_token + head * key_stride_head + dim, mask=inside)
+    v = tl.load(value_ptr + token * value_stride_token + head * value_stride_head + dim, mask=inside)
+    k_cell = page * key_cache_stride_page + offset * key_cache_stride_token + head * key_cache_stride_head + dim
+    v_cell = page * value_cache_stride_page + offset * value_cache_stride_token + head * value_cache_stride_head + dim
+    tl.store(key_cache_ptr + k_cell, k.to(key_cache_ptr.dtype.element_ty), mask=inside)
+    tl.store(value_cache_ptr + v_cell, v.to(value_cache_ptr.dtype.element_ty), mask=inside)

@@ -21,13 +21,32 @@ passes no threshold. Everything stays on the device: the host reads one small te
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dllm_plugin.kernels import philox
-from dllm_plugin.kernels.dispatch import contiguous, refuse_devices, tl, triton, use_triton
+from dllm_plugin.kernels.dispatch import contiguous, refuse_devices, use_triton
+from dllm_plugin.kernels.unmask_triton import unmask_kernel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segments:
+    """Where the rows of a step are, and how many of them each segment takes. Slots are distinct, and so are cells."""
+
+    slot: Tensor  # [num_requests] any integer: its row of the canvas
+    request_start_loc: Tensor | None = None  # [num_requests + 1] any integer, its segments; None: one each
+    segment_start_loc: Tensor  # [num_segments + 1] any integer, its rows
+    row_cell: Tensor  # [rows] int64, slot * max_canvas + column
+    quota: Tensor  # [num_segments] int32, and the rest has an entry a segment too
+    threshold: Tensor | None = None  # fp32
+    factor: Tensor | None = None  # fp32
+    alg_temp: Tensor | None = None  # fp32
+    seed: Tensor | None = None  # int64, needed with `alg_temp` as the next is
+    step: Tensor | None = None  # int64
+    skip_unmasked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +55,6 @@ class Unmasked:
 
     summary: Tensor
     num_segments: int
-    num_requests: int
 
     @property
     def remaining(self) -> Tensor:
@@ -46,40 +64,15 @@ class Unmasked:
     @property
     def final_prefix(self) -> Tensor:
         """[num_requests] length of the contiguous prefix of the canvas without a mask."""
-        return self.summary[self.num_segments : self.num_segments + self.num_requests]
-
-    @property
-    def first_eos(self) -> Tensor:
-        """[num_requests] first column inside that prefix that holds the request's EOS, or -1; [0] if none was asked for."""
-        return self.summary[self.num_segments + self.num_requests :]
+        return self.summary[self.num_segments :]
 
 
 def unmask(
-    canvas_tokens: Tensor,
-    canvas_masked: Tensor,
-    *,
-    slot: Tensor,
-    segment_start_loc: Tensor,
-    row_cell: Tensor,
-    token: Tensor,
-    confidence: Tensor,
-    quota: Tensor,
-    eos_token_id: Tensor | None = None,
-    request_start_loc: Tensor | None = None,
-    threshold: Tensor | None = None,
-    factor: Tensor | None = None,
-    alg_temp: Tensor | None = None,
-    seed: Tensor | None = None,
-    step: Tensor | None = None,
-    skip_unmasked: bool = False,
+    canvas_tokens: Tensor, canvas_masked: Tensor, segments: Segments, token: Tensor, confidence: Tensor
 ) -> Unmasked:
     """Writes tokens into `canvas_tokens` and clears `canvas_masked`, both [max_slots, max_canvas], in place.
 
-    A request is [num_requests]: `slot` (its row of the canvas) and `eos_token_id` (-1, or None for all: none). Its
-    segments are `request_start_loc` [num_requests + 1]; None: one each.
-    A segment is [num_segments]: `quota`, `threshold`, `factor`, `alg_temp`, `seed`, `step`; its rows are
-    `segment_start_loc` [num_segments + 1]. A row is [rows]: `row_cell` (slot * max_canvas + column, int64), `token`, fp32
-    `confidence`. Slots are distinct, and so are cells.
+    A row has its `token` [rows], any integer, and its `confidence` [rows], fp32.
 
     Without `skip_unmasked` every row must be masked, which is not checked. With it, a row whose cell is not masked
     on entry is never taken and counts nowhere: not in `remaining`, above `threshold`, among the ranks that the order and
@@ -88,64 +81,53 @@ def unmask(
 
     Columns past the end of a shorter canvas are not special: the caller keeps them masked or cuts the final prefix itself.
     """
-    num_requests, num_segments, rows = slot.shape[0], quota.shape[0], token.shape[0]
-    if request_start_loc is None and num_segments != num_requests:
-        raise ValueError(
-            f"{num_segments} segments of {num_requests} requests need request_start_loc; pass it, or one segment each"
-        )
-    if alg_temp is not None and (seed is None or step is None):
-        raise ValueError("alg_temp draws the order of positions from seed and step; pass them, or alg_temp=None")
-    _check(
-        canvas_tokens,
-        canvas_masked,
-        (
-            ("slot", slot, num_requests, None),
-            ("request_start_loc", request_start_loc, num_requests + 1, None),
-            ("eos_token_id", eos_token_id, num_requests, torch.int32),
-            ("segment_start_loc", segment_start_loc, num_segments + 1, None),
-            ("quota", quota, num_segments, torch.int32),
-            ("threshold", threshold, num_segments, torch.float32),
-            ("factor", factor, num_segments, torch.float32),
-            ("alg_temp", alg_temp, num_segments, torch.float32),
-            ("seed", seed, num_segments, torch.int64),
-            ("step", step, num_segments, torch.int64),
-            ("row_cell", row_cell, rows, torch.int64),
-            ("token", token, rows, None),
-            ("confidence", confidence, rows, torch.float32),
-        ),
-    )
-    run = unmask_triton if use_triton(canvas_tokens.device.type) else unmask_numpy
-    summary = run(
-        canvas_tokens, canvas_masked, slot, request_start_loc, segment_start_loc, row_cell, token, confidence,
-        quota, threshold, factor, alg_temp, seed, step, eos_token_id, skip_unmasked,
-    )  # fmt: skip
-    return Unmasked(summary, num_segments, num_requests)
+    _check(canvas_tokens, canvas_masked, segments, token, confidence)
+    run = unmask_triton if use_triton(canvas_tokens.device.type) else unmask_cpu
+    return Unmasked(run(canvas_tokens, canvas_masked, segments, token, confidence), len(segments.quota))
 
 
-def unmask_numpy(
-    canvas_tokens: Tensor,
-    canvas_masked: Tensor,
-    slot: Tensor,
-    request_start_loc: Tensor | None,
-    segment_start_loc: Tensor,
-    row_cell: Tensor,
-    token: Tensor,
-    confidence: Tensor,
-    quota: Tensor,
-    threshold: Tensor | None,
-    factor: Tensor | None,
-    alg_temp: Tensor | None,
-    seed: Tensor | None,
-    step: Tensor | None,
-    eos_token_id: Tensor | None,
-    skip_unmasked: bool,
+def unmask_rule(
+    canvas_tokens: Tensor, canvas_masked: Tensor, segments: Segments, token: Tensor, confidence: Tensor
+) -> Tensor:
+    """The contract, a segment at a time; returns the summary."""
+    tokens, masked, remaining = canvas_tokens.view(-1), canvas_masked.view(-1), []
+    for segment, (first, last) in enumerate(pairwise(segments.segment_start_loc.tolist())):
+        live = masked[segments.row_cell[first:last]] | (not segments.skip_unmasked)
+        cell, value, new = (rows[first:last][live] for rows in (segments.row_cell, confidence, token))
+        score = value
+        if segments.alg_temp is not None and segments.alg_temp[segment] > 0:
+            seed, step = (numbers[segment].expand(len(cell)) for numbers in (segments.seed, segments.step))
+            noise = philox.gumbel(seed, cell % canvas_masked.shape[1], step, stream=philox.ORDER)
+            score = value / segments.alg_temp[segment] + noise
+        order = (-score).argsort(stable=True)  # NaN last
+        count = max(int(segments.quota[segment]), 0)
+        if segments.threshold is not None:
+            count = max(count, int((value > segments.threshold[segment]).sum()))
+        if segments.factor is not None and segments.factor[segment] > 0:
+            rank = torch.arange(1, len(cell) + 1, device=cell.device)
+            passes = (rank == 1) | (value[order] >= 1 - segments.factor[segment] / (rank + 1))
+            count = max(count, int(passes.cumprod(0).sum()))
+        taken = order[:count]
+        tokens[cell[taken]], masked[cell[taken]] = new[taken].to(tokens.dtype), False
+        remaining.append(len(cell) - len(taken))
+    final_prefix = (~canvas_masked[segments.slot.long()]).cumprod(1).sum(1).tolist()
+    return torch.tensor(remaining + final_prefix, dtype=torch.int32, device=tokens.device)
+
+
+def unmask_cpu(
+    canvas_tokens: Tensor, canvas_masked: Tensor, segments: Segments, token: Tensor, confidence: Tensor
 ) -> Tensor:
     """The path of a CPU, in NumPy: for the few rows of a step its calls take half as long as torch's."""
     max_canvas = canvas_masked.shape[1]
     host_tokens, host_masked = canvas_tokens.cpu(), canvas_masked.cpu()  # themselves on a CPU
     tokens, masked = host_tokens.numpy(), host_masked.numpy()
-    loc, cell, token, confidence = (_host(t) for t in (segment_start_loc, row_cell, token, confidence))
-    if skip_unmasked:
+    loc, cell, token, confidence, slot, count = (
+        tensor.cpu().numpy()
+        for tensor in (
+            segments.segment_start_loc, segments.row_cell, token, confidence, segments.slot, segments.quota
+        )
+    )  # fmt: skip
+    if segments.skip_unmasked:
         live = masked.ravel()[cell]
         loc = np.concatenate([[0], live.cumsum()])[loc]
         cell, token, confidence = cell[live], token[live], confidence[live]
@@ -156,25 +138,26 @@ def unmask_numpy(
 
     # ascending order of the negated score puts NaN last, where a descending sort would put it first
     score = -confidence
-    if alg_temp is not None:
-        temperature, row_seed, row_step = (_host(t)[segment] for t in (alg_temp, seed, step))
-        keys = map(torch.from_numpy, (row_seed, cell % max_canvas, row_step))
+    if segments.alg_temp is not None:
+        per_segment = (segments.alg_temp, segments.seed, segments.step)
+        temperature, seed, step = (tensor.cpu().numpy()[segment] for tensor in per_segment)
+        keys = map(torch.from_numpy, (seed, cell % max_canvas, step))
         noise = philox.gumbel(*keys, stream=philox.ORDER).numpy()
         with np.errstate(divide="ignore", invalid="ignore"):
             score = np.where(temperature > 0, score / temperature - noise, score)
     order = np.lexsort((score, segment))  # stable, as ties by position ask
 
-    count = _host(quota)
-    if threshold is not None:
-        above = confidence > _host(threshold)[segment]
+    if segments.threshold is not None:
+        above = confidence > segments.threshold.cpu().numpy()[segment]
         count = np.maximum(count, np.bincount(segment[above], minlength=len(length)))
-    if factor is not None:
+    if segments.factor is not None:
+        factor = segments.factor.cpu().numpy()
         rank = row - begin[segment]
-        limit = 1 - _host(factor)[segment] / (rank + 2).astype(np.float32)
+        limit = 1 - factor[segment] / (rank + 2).astype(np.float32)
         fails = (rank > 0) & ~(confidence[order] >= limit)
         prefix = length.copy()
         np.minimum.at(prefix, segment[fails], rank[fails])
-        count = np.maximum(count, np.where(_host(factor) > 0, prefix, 0))
+        count = np.maximum(count, np.where(factor > 0, prefix, 0))
     count = np.minimum(np.maximum(count, 0), length)
 
     taken = order[row < (begin + count)[segment]]
@@ -184,27 +167,21 @@ def unmask_numpy(
         canvas_tokens.copy_(host_tokens)
         canvas_masked.copy_(host_masked)
 
-    slot = _host(slot)
     is_open = masked[slot]
     first_mask = np.where(is_open.any(1), is_open.argmax(1), max_canvas)
-    parts = [length - count, first_mask]
-    if eos_token_id is not None:
-        is_eos = tokens[slot] == _host(eos_token_id)[:, None]
-        is_eos &= np.arange(max_canvas) < first_mask[:, None]
-        parts.append(np.where(is_eos.any(1), is_eos.argmax(1), -1))
-    return torch.from_numpy(np.concatenate(parts, dtype=np.int32, casting="unsafe")).to(canvas_tokens.device)
+    summary = np.concatenate([length - count, first_mask], dtype=np.int32, casting="unsafe")
+    return torch.from_numpy(summary).to(canvas_tokens.device)
 
 
-def _host(tensor: Tensor) -> np.ndarray:
-    return tensor.cpu().numpy()
-
-
-def _check(
-    canvas_tokens: Tensor,
-    canvas_masked: Tensor,
-    tensors: tuple[tuple[str, Tensor | None, int, torch.dtype | None], ...],
-) -> None:
-    """Shapes, dtypes and devices only: the values are on the device. A dtype of None is any integer."""
+def _check(canvas_tokens: Tensor, canvas_masked: Tensor, segments: Segments, token: Tensor, confidence: Tensor) -> None:
+    """Shapes, dtypes and devices only: the values are on the device."""
+    num_requests, num_segments, rows = segments.slot.shape[0], segments.quota.shape[0], token.shape[0]
+    if segments.request_start_loc is None and num_segments != num_requests:
+        raise ValueError(
+            f"{num_segments} segments of {num_requests} requests need request_start_loc; pass it, or one segment each"
+        )
+    if segments.alg_temp is not None and (segments.seed is None or segments.step is None):
+        raise ValueError("alg_temp draws the order of positions from seed and step; pass them, or alg_temp=None")
     if (
         canvas_tokens.dim() != 2
         or canvas_masked.shape != canvas_tokens.shape
@@ -218,7 +195,20 @@ def _check(
     device = canvas_tokens.device
     if canvas_masked.device != device:
         refuse_devices(canvas_tokens=canvas_tokens, canvas_masked=canvas_masked)
-    for name, tensor, size, dtype in tensors:
+    for name, tensor, size, dtype in (  # a dtype of None is any integer
+        ("slot", segments.slot, num_requests, None),
+        ("request_start_loc", segments.request_start_loc, num_requests + 1, None),
+        ("segment_start_loc", segments.segment_start_loc, num_segments + 1, None),
+        ("quota", segments.quota, num_segments, torch.int32),
+        ("threshold", segments.threshold, num_segments, torch.float32),
+        ("factor", segments.factor, num_segments, torch.float32),
+        ("alg_temp", segments.alg_temp, num_segments, torch.float32),
+        ("seed", segments.seed, num_segments, torch.int64),
+        ("step", segments.step, num_segments, torch.int64),
+        ("row_cell", segments.row_cell, rows, torch.int64),
+        ("token", token, rows, None),
+        ("confidence", confidence, rows, torch.float32),
+    ):
         if tensor is None:
             continue
         if tensor.device != device:
@@ -230,158 +220,20 @@ def _check(
 
 
 def unmask_triton(
-    canvas_tokens: Tensor,
-    canvas_masked: Tensor,
-    slot: Tensor,
-    request_start_loc: Tensor | None,
-    segment_start_loc: Tensor,
-    row_cell: Tensor,
-    token: Tensor,
-    confidence: Tensor,
-    quota: Tensor,
-    threshold: Tensor | None,
-    factor: Tensor | None,
-    alg_temp: Tensor | None,
-    seed: Tensor | None,
-    step: Tensor | None,
-    eos_token_id: Tensor | None,
-    skip_unmasked: bool,
+    canvas_tokens: Tensor, canvas_masked: Tensor, segments: Segments, token: Tensor, confidence: Tensor
 ) -> Tensor:
-    """One launch, one program a request."""
-    inputs = contiguous(
-        slot, request_start_loc, segment_start_loc, row_cell, token, confidence,
-        quota, threshold, factor, alg_temp, seed, step, eos_token_id,
+    slot, request_start_loc, *inputs = contiguous(
+        segments.slot, segments.request_start_loc, segments.segment_start_loc, segments.row_cell, token, confidence,
+        segments.quota, segments.threshold, segments.factor, segments.alg_temp, segments.seed, segments.step,
     )  # fmt: skip
+    num_segments = len(segments.quota)
     rank, summary = (
-        torch.empty(size, dtype=torch.int32, device=slot.device)
-        for size in (len(confidence), len(quota) + len(slot) * (1 if eos_token_id is None else 2))
+        torch.empty(size, dtype=torch.int32, device=slot.device) for size in (len(token), num_segments + len(slot))
     )
-    parts = Unmasked(summary, len(quota), len(slot))
     if len(slot):
-        _unmask_kernel[slot.shape](
-            canvas_tokens, canvas_masked, *inputs,
-            rank, parts.remaining, parts.final_prefix, parts.first_eos,
-            canvas_masked.shape[1], BLOCK=64, COLUMNS=1024, ORDER=philox.ORDER, SKIP_UNMASKED=skip_unmasked,
+        unmask_kernel[slot.shape](
+            canvas_tokens, canvas_masked, slot, request_start_loc, *inputs,
+            rank, summary, summary[num_segments:],
+            canvas_masked.shape[1], BLOCK=64, COLUMNS=1024, ORDER=philox.ORDER, SKIP_UNMASKED=segments.skip_unmasked,
         )  # fmt: skip
     return summary
-
-
-@triton.jit
-def _unmask_kernel(
-    canvas_tokens_ptr, canvas_masked_ptr, slot_ptr, request_start_loc_ptr, segment_start_loc_ptr, row_cell_ptr,
-    token_ptr, confidence_ptr, quota_ptr, threshold_ptr, factor_ptr, alg_temp_ptr, seed_ptr, step_ptr,
-    eos_token_id_ptr, rank_ptr, remaining_ptr, final_prefix_ptr, first_eos_ptr,
-    max_canvas,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ORDER: tl.constexpr, SKIP_UNMASKED: tl.constexpr,
-):  # fmt: skip
-    """Ranks by counting who comes before, tile against tile: no sort, no limit on the rows of a segment."""
-    request = tl.program_id(0)
-    canvas = tl.load(slot_ptr + request).to(tl.int64) * max_canvas
-    if request_start_loc_ptr is None:
-        first_segment, last_segment = request, request + 1
-    else:
-        first_segment = tl.load(request_start_loc_ptr + request).to(tl.int32)
-        last_segment = tl.load(request_start_loc_ptr + request + 1).to(tl.int32)
-
-    for segment in range(first_segment, last_segment):
-        begin = tl.load(segment_start_loc_ptr + segment).to(tl.int32)
-        end = tl.load(segment_start_loc_ptr + segment + 1).to(tl.int32)
-        length = end - begin
-        unmasked = 0
-        above = 0
-        prefix = length
-        for first in range(begin, end, BLOCK):
-            row = first + tl.arange(0, BLOCK)
-            live = _live(row, end, canvas_masked_ptr, row_cell_ptr, SKIP_UNMASKED)
-            if SKIP_UNMASKED:
-                unmasked += tl.sum(((row < end) ^ live).to(tl.int32), 0)
-            score = _score(
-                row, live, segment, canvas, row_cell_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, step_ptr, ORDER
-            )
-            rank = tl.zeros([BLOCK], tl.int32)
-            for other_first in range(begin, end, BLOCK):
-                other = other_first + tl.arange(0, BLOCK)
-                other_live = _live(other, end, canvas_masked_ptr, row_cell_ptr, SKIP_UNMASKED)
-                rival = _score(
-                    other, other_live, segment, canvas, row_cell_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, step_ptr,
-                    ORDER,
-                )  # fmt: skip
-                ahead = (rival[None, :] > score[:, None]) | (
-                    (rival[None, :] == score[:, None]) & (other[None, :] < row[:, None])
-                )
-                rank += tl.sum((ahead & other_live[None, :]).to(tl.int32), 1)
-            rank = tl.where(live, rank, length)  # not below any count
-            tl.store(rank_ptr + row, rank, mask=row < end)
-            c = tl.load(confidence_ptr + row, mask=live, other=float("-inf"))
-            if threshold_ptr is not None:
-                above += tl.sum((c > tl.load(threshold_ptr + segment)).to(tl.int32), 0)
-            if factor_ptr is not None:
-                passes = c >= 1 - tl.load(factor_ptr + segment) / (rank + 2).to(tl.float32)
-                failed_rank = tl.where(live & (rank > 0) & (passes == 0), rank, length)
-                prefix = tl.minimum(prefix, tl.min(failed_rank, 0))
-
-        count = tl.maximum(tl.load(quota_ptr + segment), above)
-        if factor_ptr is not None:
-            count = tl.where(tl.load(factor_ptr + segment) > 0, tl.maximum(count, prefix), count)
-        count = tl.minimum(tl.maximum(count, 0), length - unmasked)
-        tl.store(remaining_ptr + segment, length - unmasked - count)
-
-        if SKIP_UNMASKED:
-            tl.debug_barrier()  # other threads of this program may still read the masks that this one clears below
-
-        for first in range(begin, end, BLOCK):  # each thread reads the ranks that it wrote
-            row = first + tl.arange(0, BLOCK)
-            rank = tl.load(rank_ptr + row, mask=row < end, other=count)
-            cell = tl.load(row_cell_ptr + row, mask=row < end, other=0)
-            token = tl.load(token_ptr + row, mask=row < end, other=0)
-            tl.store(canvas_tokens_ptr + cell, token.to(canvas_tokens_ptr.dtype.element_ty), mask=rank < count)
-            tl.store(canvas_masked_ptr + cell, tl.zeros([BLOCK], tl.int1), mask=rank < count)
-
-    tl.debug_barrier()  # the scans below read what other threads of this program wrote
-    open_column = max_canvas
-    first = 0
-    while first < max_canvas:
-        column = first + tl.arange(0, COLUMNS)
-        masked = tl.load(canvas_masked_ptr + canvas + column, mask=column < max_canvas, other=0)
-        open_column = tl.min(tl.where(masked != 0, column, max_canvas), 0)
-        first = tl.where(open_column < max_canvas, max_canvas, first + COLUMNS)
-    tl.store(final_prefix_ptr + request, open_column)
-
-    if eos_token_id_ptr is not None:
-        eos = tl.load(eos_token_id_ptr + request)
-        eos_column = open_column
-        first = 0
-        while first < open_column:
-            column = first + tl.arange(0, COLUMNS)
-            token = tl.load(canvas_tokens_ptr + canvas + column, mask=column < open_column, other=-1)
-            eos_column = tl.min(tl.where((token == eos) & (column < open_column), column, open_column), 0)
-            first = tl.where(eos_column < open_column, open_column, first + COLUMNS)
-        tl.store(first_eos_ptr + request, tl.where(eos_column < open_column, eos_column, -1))
-
-
-@triton.jit
-def _live(row, end, canvas_masked_ptr, row_cell_ptr, SKIP_UNMASKED: tl.constexpr):
-    """Which rows take part: false past the end of the segment and where there is a row to skip."""
-    live = row < end
-    if SKIP_UNMASKED:
-        cell = tl.load(row_cell_ptr + row, mask=live, other=0)
-        live &= tl.load(canvas_masked_ptr + cell, mask=live, other=0) != 0
-    return live
-
-
-@triton.jit
-def _score(
-    row, live, segment, canvas, row_cell_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, step_ptr, ORDER: tl.constexpr
-):  # fmt: skip
-    """What orders the rows of a segment, highest first: finite, with NaN below the lowest."""
-    score = tl.load(confidence_ptr + row, mask=live, other=float("-inf"))
-    if alg_temp_ptr is not None:
-        temperature = tl.load(alg_temp_ptr + segment)
-        if temperature > 0:
-            position = tl.load(row_cell_ptr + row, mask=live, other=0) - canvas
-            bits, _, _, _ = philox.philox_block(
-                tl.load(seed_ptr + segment), position, tl.load(step_ptr + segment), position * 0, ORDER
-            )
-            score = score / temperature + philox.gumbel_from_bits_block(bits)
-    score = tl.maximum(score, -3.4028234663852886e38, propagate_nan=tl.PropagateNan.ALL)
-    return tl.where(score != score, float("-inf"), score)

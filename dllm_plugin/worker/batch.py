@@ -7,7 +7,9 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from dllm_plugin.attention import FullWindows, PagedWindows, WindowBatch
+from dllm_plugin.attention import WindowBatch
+from dllm_plugin.kernels.unmask import Segments
+from dllm_plugin.kernels.window_attention import PagedWindows, Windows
 from dllm_plugin.policies import POLICIES
 from dllm_plugin.scheduler.output import Canvas
 from dllm_plugin.scheduler.window import Window
@@ -106,26 +108,21 @@ class StepBatch:
     windows: list[Window]  # of each request
     final_prefixes: list[int]  # of each request, as the host knew them
     max_emitted: int  # no final prefix can have grown by more since
-    every_place: bool  # True: rows are all places, masked or not, and so the same in every step of the layout
     # on the device
-    row_cell: torch.Tensor  # [rows] int64, index in the flattened store
     row_token: torch.Tensor  # [rows] int64
     row_position: torch.Tensor  # [rows] int64
     row_request: torch.Tensor  # [rows] int64
-    row_start_loc: torch.Tensor  # [blocks + 1] int32, rows of a block
-    numbers: torch.Tensor  # int32, the next three end to end, and the row starts where they change
+    numbers: torch.Tensor  # int32, the next two end to end, the segments' quotas, and the row starts where they change
     step: torch.Tensor  # [requests]
     first_open: torch.Tensor  # [requests], index in the flattened store of what follows `final_prefixes`
-    quota: torch.Tensor  # [blocks]
-    threshold: torch.Tensor | None  # [blocks] float32; None where no block has one
-    factor: torch.Tensor | None  # [blocks] float32; likewise
+    segments: Segments  # the blocks and their rows, without what orders them at random
 
     def split(self, most: int) -> Iterator["StepBatch"]:
         """Batches of at most so many of the rows each; this one where it has no more."""
         if len(self.row_token) <= most:
             yield self
             return
-        names = ("row_cell", "row_token", "row_position", "row_request")
+        names = ("row_token", "row_position", "row_request")
         for rows in zip(*(getattr(self, name).split(most) for name in names), strict=True):
             yield replace(self, **dict(zip(names, rows, strict=True)))
 
@@ -196,18 +193,22 @@ class BatchBuilder:
             windows=steps,
             final_prefixes=[request.final_prefix for request in requests],
             max_emitted=len(layout.offsets) if every_place else max_growth(requests, steps),
-            every_place=every_place,
-            row_cell=row_cell,
             row_token=row_token,
             row_position=row_position,
             row_request=row_request,
-            row_start_loc=row_start_loc,
             numbers=numbers,
             step=step,
             first_open=first_open,
-            quota=quota,
-            threshold=threshold,
-            factor=factor,
+            segments=Segments(
+                slot=layout.slots,
+                request_start_loc=layout.request_start_loc,
+                segment_start_loc=row_start_loc,
+                row_cell=row_cell,
+                quota=quota,
+                threshold=threshold,
+                factor=factor,
+                skip_unmasked=every_place,
+            ),
         )
 
     def input_ids(self, layout: Layout) -> torch.Tensor:
@@ -301,7 +302,11 @@ class BatchBuilder:
         full = paged = slot_mapping = None
         if num_full:
             (full_loc,) = to_device(device, loc[: num_full + 1], dtype=torch.int32)
-            full = FullWindows(full_loc, loc[: num_full + 1].tolist(), int(np.diff(loc[: num_full + 1]).max()))
+            full = Windows(
+                query_start_loc=full_loc,
+                query_start_loc_cpu=loc[: num_full + 1].tolist(),
+                max_query_len=int(np.diff(loc[: num_full + 1]).max()),
+            )
         if num_unstored < num_copies + len(steps):
             tables = [np.array(self.pages[request_id]) for request_id in request_ids[num_unstored - num_copies :]]
             spans = [(window.start, window.end) for window in steps[num_unstored - num_copies :]]

@@ -39,10 +39,12 @@ class Recorded:
             for (_, target), (_, source) in zip(tensors_of(self.batch.layout), tensors_of(batch.layout), strict=True):
                 target.copy_(source)
         self.batch.numbers.copy_(batch.numbers)
-        if batch.threshold is not None:
-            self.batch.threshold.copy_(batch.threshold)
-        if batch.factor is not None:
-            self.batch.factor.copy_(batch.factor)
+        for target, source in (
+            (self.batch.segments.threshold, batch.segments.threshold),
+            (self.batch.segments.factor, batch.segments.factor),
+        ):
+            if source is not None:
+                target.copy_(source)
 
 
 class StepGraphs:
@@ -133,13 +135,10 @@ class StepGraphs:
 
 def without_host_numbers(layout: Layout) -> Layout:
     """The layout as a graph sees it: what the host knows of one batch would be wrong for the next."""
-    windows = layout.windows
-    if (full := windows.full) is not None:
-        windows = replace(windows, full=replace(full, query_start_loc_cpu=None))
-    if (paged := windows.paged) is not None:
-        names = [field.name for field in fields(paged) if field.name.endswith("_cpu")]
-        windows = replace(windows, paged=replace(paged, **dict.fromkeys(names)))
-    return replace(layout, windows=windows)
+    parts = {name: part for name in ("full", "paged") if (part := getattr(layout.windows, name)) is not None}
+    for name, part in parts.items():
+        parts[name] = replace(part, **{field.name: None for field in fields(part) if field.name.endswith("_cpu")})
+    return replace(layout, windows=replace(layout.windows, **parts))
 
 
 def shape_of(layout: Layout) -> Shape:

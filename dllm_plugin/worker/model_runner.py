@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.utils import allocate_kv_cache
 
-from dllm_plugin.attention import DiffusionAttention, FullWindows, WindowBatch
-from dllm_plugin.kernels.confidence import confidence
+from dllm_plugin.attention import DiffusionAttention, WindowBatch
+from dllm_plugin.kernels.confidence import Choice, confidence
 from dllm_plugin.kernels.filter import filter_top_k_top_p
 from dllm_plugin.kernels.unmask import Unmasked, unmask
+from dllm_plugin.kernels.window_attention import Windows
 from dllm_plugin.policies import RANKINGS
 from dllm_plugin.scheduler.output import DiffusionSchedulerOutput
 from dllm_plugin.settings import settings_of
@@ -156,8 +158,7 @@ class DiffusionModelRunner(AdapterMixin):
         seed, step = (state.seed[slot], batch.step[batch.row_request].long()) if needs.noise else (None, None)
         if needs.filters:
             self.filter(logits, slot, no_choice)
-        chosen = confidence(
-            logits,
+        choice = Choice(
             no_choice=no_choice,
             no_mass=state.no_mass[slot] if needs.suppression else None,
             temperature=temperature,
@@ -168,6 +169,7 @@ class DiffusionModelRunner(AdapterMixin):
             margin="margin" in needs.rankings,
             entropy="negative_entropy" in needs.rankings,
         )
+        chosen = confidence(logits, choice)
         rows, ranking = RankedRows(chosen, position, seed, step), None
         for name in needs.rankings:
             value = RANKING_VALUES[name](rows)
@@ -190,26 +192,12 @@ class DiffusionModelRunner(AdapterMixin):
 
     def unmask(self, batch: StepBatch, token: torch.Tensor, ranking: torch.Tensor) -> Unmasked:
         """Write the tokens of the best-ranked rows into their canvases."""
-        state = self.state
-        random_order, block_request = batch.layout.needs.random_order, batch.layout.block_request
-        return unmask(
-            state.tokens,
-            state.masked,
-            slot=batch.slots,
-            request_start_loc=batch.layout.request_start_loc,
-            segment_start_loc=batch.row_start_loc,
-            row_cell=batch.row_cell,
-            token=token,
-            confidence=ranking,
-            quota=batch.quota,
-            threshold=batch.threshold,
-            factor=batch.factor,
-            alg_temp=state.alg_temp[batch.slots[block_request]] if random_order else None,
-            seed=state.seed[batch.slots[block_request]] if random_order else None,
-            step=batch.step[block_request].long() if random_order else None,
-            eos_token_id=None,  # vLLM's scheduler looks for the end of a response
-            skip_unmasked=batch.every_place,
-        )
+        state, segments = self.state, batch.segments
+        if batch.layout.needs.random_order:
+            block_request = batch.layout.block_request
+            slot, step = batch.slots[block_request], batch.step[block_request].long()
+            segments = replace(segments, alg_temp=state.alg_temp[slot], seed=state.seed[slot], step=step)
+        return unmask(state.tokens, state.masked, segments, token, ranking)
 
     def summarize(self, batch: StepBatch, unmasked: Unmasked) -> torch.Tensor:
         """What the host needs of a step, in one int64 tensor that `Progress.read` takes apart.
@@ -286,7 +274,7 @@ class DiffusionModelRunner(AdapterMixin):
         num_tokens = self.settings.most_tokens
         length = self.model_config.max_model_len
         query_start_loc = [*range(0, num_tokens, length), num_tokens]
-        full = FullWindows(
+        full = Windows(
             query_start_loc=torch.tensor(query_start_loc, dtype=torch.int32, device=self.device),
             query_start_loc_cpu=query_start_loc,
             max_query_len=length,
@@ -297,7 +285,7 @@ class DiffusionModelRunner(AdapterMixin):
             hidden_states = self.model(input_ids, positions)
         most = self.rows_at_once
         logits, unconditional = (self.model.compute_logits(hidden_states[:most]) for _ in range(2))
-        confidence(unconditional + (logits - unconditional), margin=True, entropy=True)
+        confidence(unconditional + (logits - unconditional), Choice(margin=True, entropy=True))
 
     def sample_tokens(self, grammar_output: Any) -> None:
         raise RuntimeError("execute_model of a diffusion model returns its output itself")

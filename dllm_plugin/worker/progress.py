@@ -39,7 +39,7 @@ class Progress:
     def read(self, summary: Summary) -> bool:
         """Take the next step's summary apart; returns whether it ends a request or fills a block."""
         numbers, batch, num_requests = summary.wait(), summary.batch, len(self.requests)
-        num_blocks = len(batch.quota)
+        num_blocks = len(batch.segments.quota)
         prefixes = numbers[num_blocks : num_blocks + num_requests]
         first_block, first_token, ended = 0, num_blocks + num_requests, 0 in numbers[:num_blocks]
         for i, (request, window, prefix) in enumerate(zip(self.requests, batch.windows, prefixes, strict=True)):

@@ -18,13 +18,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from dllm_plugin.kernels.confidence import confidence_triton, launch_statistics
+from dllm_plugin.kernels.confidence import Choice, confidence_triton
 from dllm_plugin.kernels.gated_silu import gated_silu_triton
 from dllm_plugin.kernels.rms_norm import rms_norm_triton
 from dllm_plugin.kernels.rotary import rotate_triton
 from dllm_plugin.kernels.store_kv import split_kv_cache, store_kv_triton
-from dllm_plugin.kernels.unmask import unmask_triton
-from dllm_plugin.kernels.window_attention import full_attention_triton, window_attention_triton
+from dllm_plugin.kernels.unmask import Segments, unmask_triton
+from dllm_plugin.kernels.window_attention import PagedWindows, Windows, attention_triton
 
 
 class OfflineDriver:
@@ -50,42 +50,39 @@ def int32(*values: int) -> torch.Tensor:
 def attention(head_size: int, dtype: torch.dtype, rows: int, paged: bool, splits: int, group: int = 1) -> None:
     query = torch.zeros(rows // group, group * 2, head_size, dtype=dtype)
     out = torch.empty_like(query)
-    starts = int32(0, rows // group)
+    ragged = {"query_start_loc": int32(0, rows // group), "max_query_len": rows // group}
     if paged:
-        caches = split_kv_cache(torch.zeros(4, 2, 16, 2 * head_size, dtype=dtype), head_size)
-        window_attention_triton(
-            query, *caches, starts, int32(0), int32(64), int32(0), int32(0), int32(0, 1, 2, 3)[None],
-            rows // group, 64, 1.0, out, num_splits=splits,
+        keys = split_kv_cache(torch.zeros(4, 2, 16, 2 * head_size, dtype=dtype), head_size)
+        windows = PagedWindows(
+            **ragged, window_start=int32(0), visible=int32(64), prefix_len=int32(0), block_length=int32(0),
+            block_table=int32(0, 1, 2, 3)[None], max_visible=64,
         )  # fmt: skip
     else:
-        key = torch.zeros(rows // group, 2, head_size, dtype=dtype)
-        full_attention_triton(query, key, key, starts, rows // group, 1.0, out, num_splits=splits)
+        keys = (torch.zeros(rows // group, 2, head_size, dtype=dtype),) * 2
+        windows = Windows(**ragged)
+    attention_triton(query, *keys, windows, 1.0, out, num_splits=splits)
 
 
 def confidence(dtype: torch.dtype, vocab: int, sampled: bool, statistics: bool, mass: bool = False) -> None:
     logits = torch.zeros(16, vocab, dtype=dtype)  # several tiles a part
     ids = torch.zeros(16, 1, dtype=torch.int64)
     row = torch.zeros(16, dtype=torch.int64)
-    drawn = (
-        (torch.ones(16), torch.ones(16, dtype=torch.bool), (row, row, row)) if sampled else (None, None, (None,) * 3)
-    )
-    confidence_triton(logits, ids, ids if mass else None, *drawn, statistics, statistics, statistics)
-
-
-def shard() -> None:
-    logits = torch.zeros(2, 1000, dtype=torch.bfloat16)
-    launch_statistics(logits, 1001, None, None, None, None, (None,) * 3, True, None, keep=True)
+    drawn = {"temperature": torch.ones(16), "tempered": torch.ones(16, dtype=torch.bool)} if sampled else {}
+    drawn |= dict.fromkeys(("seed", "position", "step"), row) if sampled else {}
+    asked = dict.fromkeys(("log_probability", "margin", "entropy"), statistics)
+    confidence_triton(logits, Choice(no_choice=ids, no_mass=ids if mass else None, **drawn, **asked))
 
 
 def unmask(policies: bool, integer: torch.dtype, skip_unmasked: bool) -> None:
     tokens, masked = torch.zeros(2, 64, dtype=integer), torch.ones(2, 64, dtype=torch.bool)
     row = torch.zeros(4, dtype=torch.int64)
     one, real, long = int32(1), torch.ones(1), torch.ones(1, dtype=torch.int64)
-    optional = (real, real, real, long, long) if policies else (None,) * 5
-    unmask_triton(
-        tokens, masked, int32(0).to(integer), int32(0, 1) if policies else None, int32(0, 4), row, row, torch.rand(4),
-        one, *optional, one if policies else None, skip_unmasked,
+    optional = {"threshold": real, "factor": real, "alg_temp": real, "seed": long, "step": long} if policies else {}
+    segments = Segments(
+        slot=int32(0).to(integer), request_start_loc=int32(0, 1) if policies else None, segment_start_loc=int32(0, 4),
+        row_cell=row, quota=one, skip_unmasked=skip_unmasked, **optional,
     )  # fmt: skip
+    unmask_triton(tokens, masked, segments, row, torch.rand(4))
 
 
 def store(dtype: torch.dtype, head_size: int) -> None:
@@ -140,7 +137,6 @@ def configurations() -> Iterator[tuple[str, Callable, tuple]]:
     yield "confidence", confidence, (bf16, 128, True, False)
     for dtype in (fp16, fp32):
         yield "confidence", confidence, (dtype, 126_464, True, True, True)
-    yield "shard_statistics", shard, ()
     for policies in (False, True):
         for skip_unmasked in (False, True):
             yield "unmask", unmask, (policies, torch.int32 if policies == skip_unmasked else torch.int64, skip_unmasked)
@@ -171,7 +167,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def main(capability: int, only: str = "") -> None:
     driver.set_active(OfflineDriver(capability))
-    for module in {window_attention_triton.__module__, confidence_triton.__module__}:
+    for module in {attention_triton.__module__, confidence_triton.__module__}:
         sys.modules[module].device_generation = lambda device: capability // 10
     run, compiled = JITFunction.run, []
 

@@ -30,7 +30,7 @@ def pytest_configure(config):
 
 @pytest.fixture(params=["torch", "triton"])
 def implementation(request, monkeypatch):
-    """Runs a test once with the reference and once with the kernels."""
+    """Runs a test once on the CPU path and once with the kernels."""
     monkeypatch.setenv(dispatch.ENVIRONMENT, request.param)
     dispatch.use_triton.cache_clear()
     yield request.param

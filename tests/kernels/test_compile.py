@@ -13,7 +13,7 @@ from dllm_plugin.kernels.window_attention import HEAD_SIZES
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 # capability: bytes of shared memory a block may use
 TARGETS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-KERNELS = {"_attention_kernel", "_combine_kernel", "_part_kernel", "_merge_kernel", "_entropy_kernel", "_unmask_kernel",
+KERNELS = {"attention_kernel", "combine_kernel", "part_kernel", "merge_kernel", "entropy_kernel", "unmask_kernel",
            "_store_kv_kernel", "_rms_norm_kernel", "_rotate_kernel", "_gated_silu_kernel"}  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def test_compiles_without_spills(capability, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
     assert {kernel["kernel"] for kernel in compiled} == KERNELS | ({"_hopper_kernel"} if capability == 90 else set())
-    heads = {int(kernel["arguments"][0]) for kernel in compiled if kernel["kernel"] == "_attention_kernel"}
+    heads = {int(kernel["arguments"][0]) for kernel in compiled if kernel["kernel"] == "attention_kernel"}
     assert heads == set(HEAD_SIZES)
     for kernel in compiled:
         # the Hopper kernel keeps a few words on the stack while its loops run

@@ -1,6 +1,4 @@
-"""confidence against float64, kernel against reference, and the bits of torch.softmax on a CPU."""
-
-import sys
+"""confidence against its rule, and the bits of torch.softmax on a CPU."""
 
 import pytest
 import torch
@@ -8,10 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dllm_plugin.kernels import confidence, philox
-from dllm_plugin.kernels.confidence import confidence_reference, confidence_triton
+from dllm_plugin.kernels import confidence as module
+from dllm_plugin.kernels.confidence import Choice, confidence, confidence_cpu, confidence_rule, confidence_triton
 
-MODULE = sys.modules[confidence_triton.__module__]
 STATISTICS = {"log_probability": True, "margin": True, "entropy": True}
 INFINITY = float("inf")
 
@@ -21,43 +18,23 @@ def ids(*rows):
     return torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows], dtype=torch.int64).view(len(rows), width)
 
 
-def expected(logits, no_choice=None, no_mass=None, temperature=None, tempered=None, noise=None):
-    """The contract in float64, row by row."""
-    rows = []
-    for r in range(logits.shape[0]):
-        x = logits[r].double().cpu()
-        score = x.nan_to_num(nan=-INFINITY).clamp(min=-1e300)
-        forbidden = [] if no_choice is None else [i for i in no_choice[r].tolist() if i >= 0]
-        score[forbidden] = -INFINITY
-        best = int(score.argmax())
-        token = best
-        if temperature is not None and temperature[r] > 0:
-            token = int((score + temperature[r].double() * noise[r].double()).argmax())
-            if tempered is not None and tempered[r]:
-                x = x / temperature[r].double()
-        if no_mass is not None:
-            x[[i for i in no_mass[r].tolist() if i >= 0]] = -INFINITY
-        p = x.softmax(0)
-        others = torch.cat((p[:best], p[best + 1 :], torch.zeros(1, dtype=p.dtype)))
-        entropy = -(p * (p + 1e-10).log()).sum()
-        rows.append((token, p[token], x.log_softmax(0)[token], p[best] - others.max(), entropy))
-    return [torch.tensor(column) for column in zip(*rows, strict=True)]
+def sampling(row, **options):
+    """Noise at temperature 1, by the numbers of the rows."""
+    return {"temperature": torch.ones(len(row)), "seed": row, "position": row, "step": row, **options}
 
 
 def check(logits, tolerance=1e-5, **options):
     drawn = {}
-    noise = None
     rows = torch.arange(logits.shape[0])
     if options.get("temperature") is not None:
         drawn = {"seed": rows * 10**12 + 5, "position": rows + 3, "step": rows * 0 + 7}
-        noise = philox.gumbel(*drawn.values(), num_columns=logits.shape[1])
-    got = confidence(logits, **options, **drawn, **STATISTICS)
-    want = expected(logits, noise=noise, **options)
-    assert got.token.dtype == torch.int64 and got.token.tolist() == want[0].tolist()
-    found = (got.probability, got.log_probability, got.margin, got.entropy)
-    for name, a, b in zip(("probability", "log", "margin", "entropy"), found, want[1:], strict=True):
+    choice = Choice(**options, **drawn, **STATISTICS)
+    got, want = confidence(logits, choice), confidence_rule(logits, choice)
+    assert got.token.dtype == torch.int64 and got.token.tolist() == want.token.tolist()
+    for name in ("probability", *STATISTICS):
+        a, b = getattr(got, name), getattr(want, name)
         assert a.dtype == torch.float32
-        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance, equal_nan=True, msg=name)
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance, equal_nan=True, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -74,7 +51,7 @@ def test_a_vocabulary_above_150_000(implementation):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Three tiles of 128 columns a part, as long rows have on a GPU."""
-    monkeypatch.setattr(MODULE, "_split_rows", lambda x, start: (128, 3, -(-(x.shape[1] + start % 4) // 384)))
+    monkeypatch.setattr(module, "_split_rows", lambda x: (128, 3, -(-x.shape[1] // 384)))
 
 
 @pytest.mark.parametrize("vocab", [384, 1000, 1300])
@@ -87,7 +64,7 @@ def test_several_tiles_a_part(implementation, small_tiles, vocab):
     check(logits, no_choice=ids([0, 1, 2], [140], *[[]] * 4))
     check(logits, no_choice=top[:, :1], no_mass=top[:, 1:])
     check(logits, no_choice=top[:, :1], temperature=torch.tensor([0.0, 1.0, 0.5, 2.0, 1.0, 1.0]))
-    assert confidence(torch.full((1, vocab), -INFINITY), no_choice=ids([0, 2, 1])).token.item() == 3
+    assert confidence(torch.full((1, vocab), -INFINITY), Choice(no_choice=ids([0, 2, 1]))).token.item() == 3
 
 
 @pytest.mark.parametrize("vocab", [9, 1000, 8200])
@@ -102,13 +79,15 @@ def test_forbidden_and_massless_columns(implementation, vocab):
 
 
 def test_a_chosen_column_without_mass_has_probability_zero(implementation):
-    got = confidence(torch.tensor([[0.0, 5.0, 1.0]]), no_mass=ids([1]), log_probability=True)
-    assert (got.token.item(), got.probability.item(), got.log_probability.item()) == (1, 0.0, -INFINITY)
+    for run in (confidence, confidence_rule):
+        got = run(torch.tensor([[0.0, 5.0, 1.0]]), Choice(no_mass=ids([1]), log_probability=True))
+        assert (got.token.item(), got.probability.item(), got.log_probability.item()) == (1, 0.0, -INFINITY)
 
 
 def test_margin_is_negative_when_the_likeliest_column_is_forbidden(implementation):
-    got = confidence(torch.tensor([[0.0, 5.0, 1.0]]), no_choice=ids([1]), margin=True)
-    assert got.token.item() == 2 and got.margin.item() < -0.9
+    for run in (confidence, confidence_rule):
+        got = run(torch.tensor([[0.0, 5.0, 1.0]]), Choice(no_choice=ids([1]), margin=True))
+        assert got.token.item() == 2 and got.margin.item() < -0.9
 
 
 @pytest.mark.parametrize("vocab", [5, 4096 + 300, 3 * 4096])
@@ -118,7 +97,8 @@ def test_ties_take_the_lowest_index(implementation, vocab):
     logits[2, [vocab - 2, vocab - 1]] = 2.0
     logits[3, [0, 1, 2]] = 2.0
     check(logits, no_choice=ids([], [], [], [0]))
-    assert confidence(logits, no_choice=ids([], [], [], [0])).token.tolist() == [0, 3, vocab - 2, 1]
+    for run in (confidence, confidence_rule):
+        assert run(logits, Choice(no_choice=ids([], [], [], [0]))).token.tolist() == [0, 3, vocab - 2, 1]
 
 
 @pytest.mark.parametrize("vocab", [6, 5000])
@@ -128,7 +108,7 @@ def test_rows_without_a_finite_logit(implementation, vocab):
     logits[3] = float("nan")
     logits[4, 4], logits[4, 5] = INFINITY, 0.0
     no_choice = ids([], [0, 1], [4], [1, 0], [4])
-    got = confidence(logits, no_choice=no_choice, **STATISTICS)
+    got = confidence(logits, Choice(no_choice=no_choice, **STATISTICS))
     assert got.token[:3].tolist() == [0, 2, 0] and got.token[4] == 5
     assert 2 <= got.token[3] < vocab
     assert got.probability[[0, 1, 3]].isnan().all() and got.entropy[[0, 1, 3]].isnan().all()
@@ -144,11 +124,12 @@ def test_sampling_and_tempering(implementation, vocab):
     check(logits, temperature=temperature, tempered=torch.tensor([1, 1, 0, 1, 0, 1]).bool(), no_choice=no_choice)
 
 
-def test_samples_follow_the_softmax():
+@pytest.mark.parametrize("run", [confidence, confidence_rule])
+def test_samples_follow_the_softmax(run):
     logits = torch.tensor([[1.0, 0.0, -1.0, 2.0]]).expand(2000, 4)
     row = torch.arange(2000)
     options = {"temperature": torch.full((2000,), 2.0), "seed": row, "position": row, "step": row}
-    token = confidence(logits, no_choice=ids(*[[3]] * 2000), **options).token
+    token = run(logits, Choice(no_choice=ids(*[[3]] * 2000), **options)).token
     share = torch.bincount(token, minlength=4) / 2000
     want = torch.tensor([[0.5, 0.0, -0.5]]).softmax(1)[0]
     assert share[3] == 0 and (share[:3] - want).abs().max() < 0.04
@@ -157,8 +138,8 @@ def test_samples_follow_the_softmax():
 def test_a_row_does_not_depend_on_its_batch(implementation):
     logits, row = torch.randn(9, 300), torch.arange(9)
     options = {"temperature": torch.full((9,), 0.8), "seed": row, "position": row, "step": row}
-    whole = confidence(logits, **options, **STATISTICS)
-    alone = confidence(logits[4:5], **{name: t[4:5] for name, t in options.items()}, **STATISTICS)
+    whole = confidence(logits, Choice(**options, **STATISTICS))
+    alone = confidence(logits[4:5], Choice(**{name: t[4:5] for name, t in options.items()}, **STATISTICS))
     assert whole.token[4] == alone.token[0] and whole.probability[4] == alone.probability[0]
 
 
@@ -166,9 +147,9 @@ def test_row_stride_and_empty_batch(implementation):
     wide = torch.randn(4, 200)
     check(wide[:, 40:101])
     check(wide[::2])
-    got = confidence(torch.empty(0, 50), **STATISTICS)
+    got = confidence(torch.empty(0, 50), Choice(**STATISTICS))
     assert all(t.shape == (0,) for t in (got.token, got.probability, got.log_probability, got.margin, got.entropy))
-    assert confidence(wide).margin is None and confidence(wide).entropy is None
+    assert confidence(wide, Choice()).margin is None and confidence(wide, Choice()).entropy is None
 
 
 def test_strided_inputs(implementation):
@@ -179,9 +160,9 @@ def test_strided_inputs(implementation):
         "temperature": torch.tensor([0.0, 0.5, 1.0, 3.0, 0.0, 0.7]), "tempered": row % 3 == 1,
         "seed": row * 10**10, "position": row + 3, "step": row + 7,
     }  # fmt: skip
-    whole = confidence(logits, **options, **STATISTICS)
+    whole = confidence(logits, Choice(**options, **STATISTICS))
     strided = {name: torch.stack((t, torch.ones_like(t)), -1)[..., 0] for name, t in options.items()}
-    got = confidence(logits, **strided, **STATISTICS)
+    got = confidence(logits, Choice(**strided, **STATISTICS))
     for name in ("token", "probability", *STATISTICS):
         assert torch.equal(getattr(got, name), getattr(whole, name)), name
 
@@ -193,8 +174,8 @@ def test_ids_that_are_no_column_are_ignored(implementation, vocab):
     no_choice = ids([vocab, top[0]], [vocab + 3, -1], [top[2], -7], [2**40, vocab])
     no_mass = ids([vocab], [top[1]], [2**40], [0])  # none below 0: another path of torch
     inside = lambda rows: torch.where(rows < vocab, rows, -1)  # noqa: E731
-    got = confidence(logits, no_choice=no_choice, no_mass=no_mass, **STATISTICS)
-    want = confidence(logits, no_choice=inside(no_choice), no_mass=inside(no_mass), **STATISTICS)
+    got = confidence(logits, Choice(no_choice=no_choice, no_mass=no_mass, **STATISTICS))
+    want = confidence(logits, Choice(no_choice=inside(no_choice), no_mass=inside(no_mass), **STATISTICS))
     for name in ("token", "probability", *STATISTICS):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
     assert got.token[0] != top[0] and got.token[1] == top[1] and got.probability[1] == 0.0
@@ -203,21 +184,22 @@ def test_ids_that_are_no_column_are_ignored(implementation, vocab):
 @given(
     st.integers(0, 4), st.integers(3, 40), st.integers(0, 2**31), st.booleans(), st.sampled_from([1.0, 8.0]), st.data()
 )
-def test_kernel_agrees_with_reference(rows, vocab, seed, sampled, spread, data):
+def test_both_paths_agree_with_the_rule(rows, vocab, seed, sampled, spread, data):
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(rows, vocab, generator=generator) * spread).to(torch.bfloat16)  # bf16: ties are common
     banned = st.lists(st.integers(-1, vocab - 1), min_size=2, max_size=2)
     no_choice, no_mass = (ids(*[data.draw(banned) for _ in range(rows)]) for _ in range(2))
     row = torch.arange(rows) + seed
     temperature = torch.tensor([data.draw(st.sampled_from([0.0, 1.0])) for _ in range(rows)])
-    drawn = (temperature, row % 2 == 0, (row, row, row)) if sampled else (None, None, (None,) * 3)
-    arguments = (logits, no_choice, no_mass, *drawn, True, True, True)
-    kernel, reference = confidence_triton(*arguments), confidence_reference(*arguments)
-    assert torch.equal(kernel.token, reference.token)
-    for name in ("probability", "log_probability", "margin", "entropy"):
-        torch.testing.assert_close(
-            getattr(kernel, name), getattr(reference, name), rtol=1e-5, atol=1e-5, equal_nan=True, msg=name
-        )
+    drawn = sampling(row, temperature=temperature, tempered=row % 2 == 0) if sampled else {}
+    choice = Choice(no_choice=no_choice, no_mass=no_mass, **drawn, **STATISTICS)
+    want = confidence_rule(logits, choice)
+    for run in (confidence_cpu, confidence_triton):
+        got = run(logits, choice)
+        assert torch.equal(got.token, want.token)
+        for name in ("probability", *STATISTICS):
+            a, b = getattr(got, name), getattr(want, name).float()
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True, msg=name)
 
 
 @settings(max_examples=100)
@@ -247,14 +229,15 @@ def test_blocks_of_rows_change_nothing(data):
     temperature = option("temperature", lambda: torch.where(asked("temperature"), 2.0, 0.0))
     tempered = None if temperature is None else option("tempered", lambda: asked("tempered"))
     row = torch.arange(rows)
-    noise = (None,) * 3 if temperature is None else (row * 10**10, row + 3, row % 2)
-    arguments = (logits, no_choice, no_mass, temperature, tempered, noise, True, True, True)
-    whole = confidence_reference(*arguments)
+    noise = {} if temperature is None else {"seed": row * 10**10, "position": row + 3, "step": row % 2}
+    sampled = {"temperature": temperature, "tempered": tempered, **noise}
+    choice = Choice(no_choice=no_choice, no_mass=no_mass, **sampled, **STATISTICS)
+    whole = confidence_cpu(logits, choice)
     for size in (1, 2, 3):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(MODULE, "_SCRATCH_BYTES", 4 * vocab * (size + 1))
-            assert MODULE.rows_per_block(vocab) == size
-            got = confidence_reference(*arguments)
+            patch.setattr(module, "_SCRATCH_BYTES", 4 * vocab * (size + 1))
+            assert module.rows_per_block(vocab) == size
+            got = confidence_cpu(logits, choice)
         for name in ("token", "probability", *STATISTICS):
             torch.testing.assert_close(
                 getattr(got, name), getattr(whole, name), rtol=0, atol=0, equal_nan=True, msg=f"{name}, {size} rows"
@@ -264,14 +247,14 @@ def test_blocks_of_rows_change_nothing(data):
 def test_a_row_has_the_same_bits_in_any_block(monkeypatch, threads):
     """torch splits a sum of at least 32,768 numbers over threads, where they are those of a single row."""
     logits, vocab = torch.randn(7, 40_001) * 3, 40_001
-    arguments = (None, None, None, None, (None,) * 3, True, True, True)
-    whole = confidence_reference(logits, *arguments)
-    alone = [confidence_reference(row, *arguments) for row in logits.split(1)]
+    choice = Choice(**STATISTICS)
+    whole = confidence_cpu(logits, choice)
+    alone = [confidence_cpu(row, choice) for row in logits.split(1)]
     for name in STATISTICS:
         assert torch.equal(torch.cat([getattr(row, name) for row in alone]), getattr(whole, name)), name
     for size in (1, 2, 3):
-        monkeypatch.setattr(MODULE, "_SCRATCH_BYTES", 4 * vocab * (size + 1))
-        got = confidence_reference(logits, *arguments)
+        monkeypatch.setattr(module, "_SCRATCH_BYTES", 4 * vocab * (size + 1))
+        got = confidence_cpu(logits, choice)
         for name in STATISTICS:
             assert torch.equal(getattr(got, name), getattr(whole, name)), (name, size)
 
@@ -280,7 +263,7 @@ def test_a_row_has_the_same_bits_in_any_block(monkeypatch, threads):
 def test_the_cpu_path_has_the_bits_of_torch_softmax(rows, vocab):
     logits = torch.randn(rows, vocab) * 6
     logits[0, 3] = 60.0  # near-certain: one rounding apart means another order
-    got = confidence_reference(logits, ids(*[[1]] * rows), None, None, None, (None,) * 3, True, True, True)
+    got = confidence_cpu(logits, Choice(no_choice=ids(*[[1]] * rows), **STATISTICS))
     p = torch.softmax(logits, -1)
     best = logits.scatter(1, torch.ones(rows, 1, dtype=torch.int64), -INFINITY).argmax(1, keepdim=True)
     top = p.gather(1, best)
@@ -291,10 +274,8 @@ def test_the_cpu_path_has_the_bits_of_torch_softmax(rows, vocab):
 
 def test_the_cpu_path_divides_like_a_scalar():
     logits, temperature = torch.randn(8, 500), 0.3
-    row, hot = torch.arange(8), torch.ones(8, dtype=torch.bool)
-    got = confidence_reference(
-        logits, None, None, torch.full((8,), temperature), hot, (row, row, row), False, False, True
-    )
+    hot = {"temperature": torch.full((8,), temperature), "tempered": torch.ones(8, dtype=torch.bool)}
+    got = confidence_cpu(logits, Choice(**sampling(torch.arange(8), **hot), entropy=True))
     p = torch.softmax(logits / temperature, -1)
     assert torch.equal(got.probability, p.gather(1, got.token[:, None]).squeeze(1))
     assert torch.equal(-got.entropy, (p * torch.log(p + 1e-10)).sum(-1))
@@ -315,10 +296,9 @@ def test_the_cpu_path_makes_no_large_tensor(sampled):
             return out
 
     logits = torch.randn(5, 126_464).to(torch.bfloat16)
-    row = torch.arange(5)
-    drawn = (torch.ones(5), None, (row, row, row)) if sampled else (None, None, (None,) * 3)
+    drawn = sampling(torch.arange(5)) if sampled else {}
     with Largest() as largest:
-        confidence_reference(logits, ids(*[[126_336]] * 5), None, *drawn, True, True, True)
+        confidence_cpu(logits, Choice(no_choice=ids(*[[126_336]] * 5), **drawn, **STATISTICS))
     assert 0 < largest.nbytes <= 2_000_000
 
 
@@ -341,5 +321,7 @@ def test_the_cpu_path_makes_no_large_tensor(sampled):
     ],
 )
 def test_refusals(options, message):
+    options = dict(options)
+    logits = options.pop("logits", torch.zeros(3, 4))
     with pytest.raises(ValueError, match=message):
-        confidence(**{"logits": torch.zeros(3, 4), **options})
+        confidence(logits, Choice(**options))

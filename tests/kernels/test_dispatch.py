@@ -1,5 +1,7 @@
 """Which implementation runs, that it is said once, and that the package stands without Triton and vLLM."""
 
+import importlib
+import inspect
 import logging
 import subprocess
 import sys
@@ -7,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from dllm_plugin import kernels
 from dllm_plugin.kernels import dispatch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-OPERATIONS = sorted(path.stem for path in (ROOT / "dllm_plugin/kernels").glob("*.py") if path.stem != "__init__")
+MODULES = sorted(path.stem for path in (ROOT / "dllm_plugin/kernels").glob("*.py") if path.stem != "__init__")
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +71,8 @@ def run_python(code):
 def test_works_without_triton():
     out = run_python(
         "import sys; sys.modules['triton'] = None\n"
-        "import torch; from dllm_plugin.kernels import confidence\n"
-        "print(confidence(torch.tensor([[0., 2., 1.]])).token.item())"
+        "import torch; from dllm_plugin.kernels.confidence import Choice, confidence\n"
+        "print(confidence(torch.tensor([[0., 2., 1.]]), Choice()).token.item())"
     )
     assert out.strip() == "1"
 
@@ -77,7 +80,7 @@ def test_works_without_triton():
 def test_imports_neither_vllm_nor_numerical_packages():
     out = run_python(
         "import sys; import torch, triton; before = set(sys.modules)\n"
-        "import dllm_plugin.kernels\n"
+        f"import {', '.join(f'dllm_plugin.kernels.{module}' for module in MODULES)}\n"
         "print({name.split('.')[0] for name in set(sys.modules) - before})"
     )
     assert out.strip() == "{'dllm_plugin'}" or set(eval(out)) <= {"dllm_plugin", "triton"} | set(
@@ -85,6 +88,12 @@ def test_imports_neither_vllm_nor_numerical_packages():
     )
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("module", MODULES)
+def test_no_name_hides_a_module(module):
+    importlib.import_module(f"dllm_plugin.kernels.{module}")
+    assert inspect.ismodule(getattr(kernels, module))
+
+
+@pytest.mark.parametrize("operation", [module for module in MODULES if not module.endswith("_triton")])
 def test_every_operation_has_tests(operation):
     assert (HERE / f"test_{operation}.py").exists()

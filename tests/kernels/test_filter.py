@@ -1,6 +1,5 @@
 """filter_top_k_top_p against Dream's sampling code, restated."""
 
-import sys
 from itertools import accumulate
 
 import pytest
@@ -8,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm_plugin.kernels import filter_top_k_top_p
-
-MODULE = sys.modules[filter_top_k_top_p.__module__]
+from dllm_plugin.kernels import filter as module
+from dllm_plugin.kernels.filter import filter_top_k_top_p
 
 
 def dream(logits, temperature, top_p, top_k):
@@ -76,7 +74,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch, threads):
     arguments = logits, torch.linspace(0, 2, 7), top_k, top_p
     whole = filter_top_k_top_p(*arguments, no_choice=no_choice)
     for rows in (1, 3):
-        monkeypatch.setattr(MODULE, "_SCRATCH_BYTES", rows * 24 * 5000)
+        monkeypatch.setattr(module, "_SCRATCH_BYTES", rows * 24 * 5000)
         assert torch.equal(filter_top_k_top_p(*arguments, no_choice=no_choice), whole)
 
 
@@ -103,7 +101,7 @@ def test_rows_that_ask_for_nothing_beside_those_that_do(data):
     whole = filter_top_k_top_p(*arguments, no_choice=no_choice)
     for size in (1, 2, 3):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(MODULE, "_SCRATCH_BYTES", size * 24 * vocab)
+            patch.setattr(module, "_SCRATCH_BYTES", size * 24 * vocab)
             assert torch.equal(filter_top_k_top_p(*arguments, no_choice=no_choice), whole)
     asked = torch.zeros(rows, dtype=torch.bool)
     asked |= False if top_k is None else top_k > 0

@@ -1,10 +1,9 @@
-"""gated_silu against float64, with silu rounded before the product, and the kernel against the reference."""
+"""gated_silu against float64, with silu rounded before the product, and the kernel against the rule."""
 
 import pytest
 import torch
 
-from dllm_plugin.kernels import gated_silu
-from dllm_plugin.kernels.gated_silu import gated_silu_reference, gated_silu_triton
+from dllm_plugin.kernels.gated_silu import gated_silu, gated_silu_rule, gated_silu_triton
 
 pytestmark = pytest.mark.usefixtures("rounded_bfloat16")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -42,15 +41,15 @@ def test_strided_rows(implementation):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_kernel_has_the_bits_of_the_reference(dtype):
+def test_kernel_has_the_bits_of_the_rule(dtype):
     """Of gates whose silu does not depend on the last bit of an exponential."""
     gate = torch.tensor([0.0, -0.0, 30.5, 200.0, 3e4, torch.inf, -200.0, -3e4, -torch.inf, torch.nan]).repeat(200)
     x = torch.cat((gate, torch.randn(2000) * 100)).to(dtype)[None]
-    kernel, reference = gated_silu_triton(x), gated_silu_reference(x)
-    number = ~reference.isnan()
+    kernel, rule = gated_silu_triton(x), gated_silu_rule(x)
+    number = ~rule.isnan()
     assert torch.equal(~kernel.isnan(), number) and number.sum() == 1600
     bits = torch.int32 if dtype == torch.float32 else torch.int16  # the sign of a zero too
-    assert torch.equal(kernel[number].view(bits), reference[number].view(bits))
+    assert torch.equal(kernel[number].view(bits), rule[number].view(bits))
 
 
 def test_no_rows(implementation):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dllm_plugin.kernels import hopper_attention, split_kv_cache
+from dllm_plugin.kernels import hopper_attention
+from dllm_plugin.kernels.store_kv import split_kv_cache
 
 PAGES, PAGE, HEADS, SIZE = 3, 48, 4, 64
 

@@ -1,10 +1,9 @@
-"""rms_norm against float64, its roundings one by one, and the kernel against the reference."""
+"""rms_norm against float64, its roundings one by one, and the kernel against the rule."""
 
 import pytest
 import torch
 
-from dllm_plugin.kernels import rms_norm
-from dllm_plugin.kernels.rms_norm import rms_norm_reference, rms_norm_triton
+from dllm_plugin.kernels.rms_norm import rms_norm, rms_norm_rule, rms_norm_triton
 
 pytestmark = pytest.mark.usefixtures("rounded_bfloat16")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -66,12 +65,12 @@ def test_small_and_large_values(implementation):
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 64, 1000, 4097])
-def test_kernel_has_the_bits_of_the_reference(size, dtype, with_residual):
+def test_kernel_has_the_bits_of_the_rule(size, dtype, with_residual):
     """Quarters: their squares add up to the same sum in any order."""
     x, residual = (torch.randint(-16, 17, (2, 9, size)) / 4).to(dtype)
     arguments = (x, torch.randn(size).to(dtype), EPS, residual if with_residual else None)
-    for kernel, reference in zip(rms_norm_triton(*arguments), rms_norm_reference(*arguments), strict=True):
-        assert torch.equal(kernel, reference)
+    for kernel, rule in zip(rms_norm_triton(*arguments), rms_norm_rule(*arguments), strict=True):
+        assert torch.equal(kernel, rule)
 
 
 @pytest.mark.parametrize("with_residual", [False, True])

@@ -1,10 +1,9 @@
-"""rotate against float64, and the kernel against the reference, bit for bit."""
+"""rotate against float64, and the kernel against the rule, bit for bit."""
 
 import pytest
 import torch
 
-from dllm_plugin.kernels import rotate
-from dllm_plugin.kernels.rotary import rotate_reference, rotate_triton
+from dllm_plugin.kernels.rotary import rotate, rotate_rule, rotate_triton
 
 pytestmark = pytest.mark.usefixtures("rounded_bfloat16")
 # of the heads, and of cos and sin
@@ -34,12 +33,12 @@ def check(heads, num_heads, num_kv_heads, cos, sin):
     for part, expected in zip(got, want.split([num_heads, num_kv_heads], 1), strict=True):
         assert part.shape == expected.shape and part.dtype == heads.dtype and part.stride(2) == 1
         torch.testing.assert_close(part.double(), expected, rtol=0, atol=tolerance * float(used.abs().max()))
-    for kernel, reference in zip(
+    for kernel, rule in zip(
         rotate_triton(heads, num_heads, num_kv_heads, cos, sin),
-        rotate_reference(heads, num_heads, num_kv_heads, cos, sin),
+        rotate_rule(heads, num_heads, num_kv_heads, cos, sin),
         strict=True,
     ):
-        assert torch.equal(kernel, reference)
+        assert torch.equal(kernel, rule)
 
 
 @pytest.mark.parametrize(("dtype", "angle_dtype"), DTYPES)

@@ -1,6 +1,5 @@
-"""unmask against a plain Python statement of its rule, and kernel against reference."""
+"""unmask against its rule, and the rule against a table."""
 
-import math
 from itertools import cycle
 
 import pytest
@@ -9,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from dllm_plugin.kernels import philox, unmask
-from dllm_plugin.kernels.unmask import unmask_numpy, unmask_triton
+from dllm_plugin.kernels.unmask import Segments, unmask, unmask_cpu, unmask_rule, unmask_triton
 
 INT32 = torch.int32
 INFINITY, NAN = float("inf"), float("nan")
@@ -19,7 +17,7 @@ INFINITY, NAN = float("inf"), float("nan")
 class Batch:
     """Requests as lists of segments; a segment is (columns, confidences, quota, threshold, factor)."""
 
-    def __init__(self, requests, canvas=24, eos=-1, alg_temp=None, integer=INT32):
+    def __init__(self, requests, canvas=24, alg_temp=None, integer=INT32):
         self.requests = requests
         segments = [segment for request in requests for segment in request]
         self.tokens = torch.randint(0, 5, (len(requests) + 2, canvas), dtype=integer)
@@ -46,7 +44,6 @@ class Batch:
             "quota": torch.tensor([segment[2] for segment in segments], dtype=INT32),
             "threshold": torch.tensor([segment[3] for segment in segments], dtype=torch.float32),
             "factor": torch.tensor([segment[4] for segment in segments], dtype=torch.float32),
-            "eos_token_id": torch.full((len(requests),), eos, dtype=INT32),
         }
         if alg_temp is not None:
             self.arguments |= {
@@ -70,50 +67,17 @@ class Batch:
         self.arguments["skip_unmasked"] = True
         return self
 
-    def run(self):
+    def run(self, operation=unmask):
+        """Canvas tokens and masks afterwards, and what the operation returns."""
+        segments = dict(self.arguments)
+        rows = segments.pop("token"), segments.pop("confidence")
         tokens, masked = self.tokens.clone(), self.masked.clone()
-        return tokens, masked, unmask(tokens, masked, **self.arguments)
-
-    def expected(self):
-        tokens, masked = self.tokens.clone(), self.masked.clone()
-        remaining, prefixes, eos_columns, index = [], [], [], 0
-        slots = self.arguments["slot"].tolist()
-        for number, (slot, request) in enumerate(zip(slots, self.requests, strict=True)):
-            for columns, values, quota, threshold, factor in request:
-                values = torch.tensor(values, dtype=torch.float32).tolist()
-                score = values
-                if "alg_temp" in self.arguments and self.arguments["alg_temp"][index] > 0:
-                    seed, step = (
-                        self.arguments[name][index : index + 1].expand(len(columns)) for name in ("seed", "step")
-                    )
-                    noise = philox.gumbel(seed, torch.tensor(columns, dtype=torch.int64), step, stream=philox.ORDER)
-                    score = (torch.tensor(values) / self.arguments["alg_temp"][index] + noise).tolist()
-                order = sorted(range(len(columns)), key=lambda i: (math.isnan(score[i]), -score[i], i))
-                accepted = 0
-                if factor > 0:
-                    while accepted < len(order) and (
-                        accepted == 0 or values[order[accepted]] >= 1 - factor / (accepted + 2)
-                    ):
-                        accepted += 1
-                count = min(max(quota, sum(value > threshold for value in values), accepted, 0), len(columns))
-                for i in order[:count]:
-                    tokens[slot, columns[i]] = 100 + columns[i]
-                    masked[slot, columns[i]] = False
-                remaining.append(len(columns) - count)
-                index += 1
-            prefix = 0
-            while prefix < masked.shape[1] and not masked[slot, prefix]:
-                prefix += 1
-            final = tokens[slot, :prefix].tolist()
-            eos = int(self.arguments["eos_token_id"][number])
-            prefixes.append(prefix)
-            eos_columns.append(final.index(eos) if eos in final else -1)
-        return tokens, masked, remaining + prefixes + eos_columns
+        return tokens, masked, operation(tokens, masked, Segments(**segments), *rows)
 
     def check(self):
         tokens, masked, got = self.run()
-        want_tokens, want_masked, summary = self.expected()
-        assert got.summary.tolist() == summary
+        want_tokens, want_masked, summary = self.run(unmask_rule)
+        assert torch.equal(got.summary, summary)
         assert torch.equal(tokens, want_tokens) and torch.equal(masked, want_masked)
         return got
 
@@ -169,10 +133,12 @@ def test_rules(implementation, rule, unmasked):
     if unmasked:
         batch.list_unmasked([[unmasked]])
     batch.check()
-    tokens, masked, got = batch.run()
-    assert sorted(taken) == [column for column in COLUMNS if not masked[2, column]]
-    assert all(tokens[2, column] == 100 + column for column in taken)
-    assert got.remaining.tolist() == [len(COLUMNS) - len(taken)]
+    for run in (unmask, unmask_rule):
+        tokens, masked, got = batch.run(run)
+        assert sorted(taken) == [column for column in COLUMNS if not masked[2, column]]
+        assert all(tokens[2, column] == 100 + column for column in taken)
+        summary = got.summary if run is unmask else got
+        assert summary.tolist() == [len(COLUMNS) - len(taken), next((c for c in range(24) if masked[2, c]), 24)]
 
 
 def test_optional_tensors_may_be_missing(implementation):
@@ -229,35 +195,19 @@ def test_other_slots_and_columns_stay(implementation):
 
 
 @pytest.mark.parametrize("canvas", [24, 1024, 1500])
-def test_final_prefix_and_first_eos(implementation, canvas):
-    eos = 105  # the token of column 5
+def test_final_prefix(implementation, canvas):
     cases = [([4, 5, 6], 1, [0.9, 0.1, 0.2]), ([4, 5, 6], 2, [0.9, 0.8, 0.2]), ([4, 5, 6], 3, [0.9, 0.8, 0.2])]
     requests = [[(columns, values, quota, INFINITY, 0)] for columns, quota, values in cases]
-    got = Batch(requests, canvas=canvas, eos=eos).check()
-    assert got.final_prefix.tolist() == [5, 6, canvas] and got.first_eos.tolist() == [-1, 5, 5]
-    assert got.summary.shape == (9,) and got.summary.dtype == INT32
-
-
-def test_no_eos_is_looked_for_unless_asked(implementation):
-    batch = Batch(REQUESTS, eos=104)
-    asked = batch.run()[2]
-    batch.arguments["eos_token_id"] = None
-    got = batch.run()[2]
-    assert torch.equal(got.remaining, asked.remaining) and torch.equal(got.final_prefix, asked.final_prefix)
-    assert got.first_eos.numel() == 0 and got.summary.numel() == 3 + 2
-
-
-def test_an_early_eos_wins(implementation):
-    batch = Batch([[([20], [0.5], 0, INFINITY, 0)]], canvas=1100, eos=7)
-    batch.tokens[2, [2, 3, 21]] = 7
-    assert batch.check().first_eos.tolist() == [2]
+    got = Batch(requests, canvas=canvas).check()
+    assert got.final_prefix.tolist() == [5, 6, canvas]
+    assert got.summary.shape == (6,) and got.summary.dtype == INT32
 
 
 @pytest.mark.parametrize("rows", [1, 7, 63, 64, 65, 200, 1000])
 def test_long_segments(implementation, rows):
     values = (torch.randint(0, 20, (rows,)) / 20).tolist()
     columns = sorted(torch.randperm(1300)[:rows].tolist())
-    Batch([[(columns, values, rows // 3, 0.9, 0.7)]] * 2, canvas=1300, eos=-1).check()
+    Batch([[(columns, values, rows // 3, 0.9, 0.7)]] * 2, canvas=1300).check()
 
 
 REQUESTS = [
@@ -267,8 +217,8 @@ REQUESTS = [
 
 
 def test_int64_tokens_and_slots(implementation):
-    """As the runner passes them, with an EOS to find among them."""
-    batch = Batch(REQUESTS, eos=104, integer=torch.int64)
+    """As the runner passes them."""
+    batch = Batch(REQUESTS, integer=torch.int64)
     batch.masked[3, 3] = False
     got = batch.check()
     assert batch.tokens.dtype == batch.arguments["slot"].dtype == torch.int64 and got.summary.dtype == INT32
@@ -276,7 +226,7 @@ def test_int64_tokens_and_slots(implementation):
 
 @pytest.mark.parametrize("alg_temp", [None, [0.5, 0.0, 2.0]])
 def test_strided_inputs(implementation, alg_temp):
-    batch = Batch(REQUESTS, eos=103, alg_temp=alg_temp)
+    batch = Batch(REQUESTS, alg_temp=alg_temp)
     whole = batch.run()
     batch.arguments = {name: strided(tensor) for name, tensor in batch.arguments.items()}
     tokens, masked, got = batch.run()
@@ -308,7 +258,7 @@ def test_alg_temp_draws_without_replacement():
 
 @pytest.mark.parametrize("skip_unmasked", [False, True])
 @given(st.data())
-def test_kernel_agrees_with_reference(skip_unmasked, data):
+def test_both_paths_agree_with_the_rule(skip_unmasked, data):
     value = st.sampled_from([0.0, -0.0, 0.25, 0.5, 0.9, 0.95, 1.0, -1.5, NAN, -INFINITY])
     garbage = value | st.just(INFINITY)
     requests, others = [], []
@@ -328,21 +278,12 @@ def test_kernel_agrees_with_reference(skip_unmasked, data):
         others.append(more)
     segments = sum(map(len, requests))
     temperatures = data.draw(st.none() | st.lists(st.sampled_from([0.0, 0.7]), min_size=segments, max_size=segments))
-    batch = Batch(requests, canvas=17, eos=103, alg_temp=temperatures)
+    batch = Batch(requests, canvas=17, alg_temp=temperatures)
     if skip_unmasked:
         batch.list_unmasked(others)
-    results = []
-    for run in (unmask_numpy, unmask_triton):
-        tokens, masked = batch.tokens.clone(), batch.masked.clone()
-        a = batch.arguments
-        names = ("slot", "request_start_loc", "segment_start_loc", "row_cell", "token", "confidence", "quota",
-                 "threshold", "factor", "alg_temp", "seed", "step", "eos_token_id")  # fmt: skip
-        summary = run(tokens, masked, *(a.get(name) for name in names), skip_unmasked)
-        results.append((tokens, masked, summary))
-    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
-    want_tokens, want_masked, summary = batch.expected()
-    assert torch.equal(results[0][0], want_tokens) and torch.equal(results[0][1], want_masked)
-    assert results[0][2].tolist() == summary
+    want = batch.run(unmask_rule)
+    for run in (unmask_cpu, unmask_triton):
+        assert all(map(torch.equal, batch.run(run), want)), run.__name__
 
 
 def test_empty_batch(implementation):
@@ -364,6 +305,7 @@ def test_empty_batch(implementation):
 )
 def test_refusals(change, message):
     batch = Batch([[(COLUMNS, VALUES, 2, INFINITY, 0)]])
-    arguments = {"canvas_tokens": batch.tokens, "canvas_masked": batch.masked, **batch.arguments, **change}
+    batch.masked = change.get("canvas_masked", batch.masked)
+    batch.arguments |= {name: tensor for name, tensor in change.items() if name != "canvas_masked"}
     with pytest.raises(ValueError, match=message):
-        unmask(**arguments)
+        batch.run()

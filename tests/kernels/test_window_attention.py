@@ -1,20 +1,27 @@
-"""Both attention operations against float64 with the visibility rule written out, on pages in any order."""
+"""Both attention operations against their rules, on pages in any order."""
 
-import sys
+from dataclasses import fields, replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_plugin.kernels import full_attention, split_kv_cache, store_kv, window_attention
+from dllm_plugin.kernels import window_attention as module
+from dllm_plugin.kernels.store_kv import split_kv_cache, store_kv
 from dllm_plugin.kernels.window_attention import (
     HEAD_SIZES,
+    PagedWindows,
     Tiling,
+    Windows,
+    attention_triton,
     choose_splits,
     choose_tiling,
-    full_attention_triton,
-    window_attention_triton,
+    full_attention,
+    full_attention_rule,
+    window_attention,
+    window_attention_rule,
 )
 
 # bf16 products are wrong in the interpreter: torch only
@@ -40,75 +47,41 @@ class Case:
             cache = cache.contiguous()
         self.key_cache, self.value_cache = split_kv_cache(cache, head_size)
         self.block_table = torch.randperm(pages)[: len(windows) * most].view(len(windows), most).to(torch.int32)
-        self.keys, self.values = [], []
         for (_, _, visible, *_), table in zip(windows, self.block_table.tolist(), strict=True):
             key, value = torch.randn(2, visible, kv_heads, head_size).to(dtype)
             slots = [table[p // page_size] * page_size + p % page_size for p in range(visible)]
             store_kv(key, value, self.key_cache, self.value_cache, torch.tensor(slots, dtype=torch.int64))
-            self.keys.append(key)
-            self.values.append(value)
         self.starts = starts([length for length, *_ in windows])
         self.query = torch.randn(self.starts[-1], heads, head_size).to(dtype)
         self.scale = head_size**-0.5
 
-    def arguments(self):
+    def record(self):
         column = lambda n: torch.tensor([window[n] for window in self.windows], dtype=torch.int32)  # noqa: E731
-        return {
-            "query_start_loc": torch.tensor(self.starts, dtype=torch.int32),
-            "window_start": column(1),
-            "visible": column(2),
-            "prefix_len": column(3),
-            "block_length": column(4),
-            "block_table": self.block_table,
-            "max_query_len": max((length for length, *_ in self.windows), default=0),
-            "max_visible": max((visible for _, _, visible, *_ in self.windows), default=0),
-            "scale": self.scale,
-        }
+        return PagedWindows(
+            query_start_loc=torch.tensor(self.starts, dtype=torch.int32),
+            max_query_len=max((length for length, *_ in self.windows), default=0),
+            window_start=column(1),
+            visible=column(2),
+            prefix_len=column(3),
+            block_length=column(4),
+            block_table=self.block_table,
+            max_visible=max((visible for _, _, visible, *_ in self.windows), default=0),
+        )
 
-    def run(self, **options):
+    def run(self, operation=window_attention, windows=None, **options):
         out = torch.full_like(self.query, float("nan"))
-        got = window_attention(self.query, self.key_cache, self.value_cache, out=out, **self.arguments(), **options)
+        windows = windows or self.record()
+        got = operation(self.query, self.key_cache, self.value_cache, windows, self.scale, out=out, **options)
         assert got is out
         return out
 
     def kernel(self, tiling, num_splits):
-        out = torch.full_like(self.query, float("nan"))
-        a = self.arguments()
-        names = ("query_start_loc", "window_start", "visible", "prefix_len", "block_length", "block_table",
-                 "max_query_len", "max_visible", "scale")  # fmt: skip
-        return window_attention_triton(
-            self.query,
-            self.key_cache,
-            self.value_cache,
-            *(a[n] for n in names),
-            out,
-            tiling=tiling,
-            num_splits=num_splits,
-        )
-
-    def expected(self):
-        out = torch.zeros(self.query.shape, dtype=torch.float64)
-        group = self.query.shape[1] // self.key_cache.shape[2]
-        for number, (length, start, visible, prefix, block) in enumerate(self.windows):
-            for i in range(length):
-                limit = visible
-                if block:
-                    position = start + i
-                    limit = prefix if position < prefix else prefix + ((position - prefix) // block + 1) * block
-                    limit = min(limit, visible)
-                if limit:
-                    key, value = (
-                        x[number][:limit].double().repeat_interleave(group, 1) for x in (self.keys, self.values)
-                    )
-                    row = self.starts[number] + i
-                    weights = (torch.einsum("hd,khd->hk", self.query[row].double(), key) * self.scale).softmax(1)
-                    out[row] = torch.einsum("hk,khd->hd", weights, value)
-        return out
+        return self.run(attention_triton, tiling=tiling, num_splits=num_splits)
 
     def check(self, out):
-        torch.testing.assert_close(
-            out.double(), self.expected(), rtol=TOLERANCE[out.dtype], atol=TOLERANCE[out.dtype], equal_nan=False
-        )
+        want = window_attention_rule(self.query, self.key_cache, self.value_cache, self.record(), self.scale)
+        tolerance = TOLERANCE[out.dtype]
+        torch.testing.assert_close(out.double(), want, rtol=tolerance, atol=tolerance, equal_nan=False)
 
 
 WINDOWS = {
@@ -207,10 +180,8 @@ PER_REQUEST = ("query_start_loc", "window_start", "visible", "prefix_len", "bloc
 )
 def test_strided_inputs(implementation, names):
     case = Case(WINDOWS["mixed_rules"])
-    out = torch.full_like(case.query, float("nan"))
-    arguments = case.arguments() | {name: strided(case.arguments()[name]) for name in names}
-    window_attention(case.query, case.key_cache, case.value_cache, out=out, **arguments)
-    case.check(out)
+    windows = case.record()
+    case.check(case.run(windows=replace(windows, **{name: strided(getattr(windows, name)) for name in names})))
 
 
 def test_every_other_page_of_a_table(implementation):
@@ -222,9 +193,10 @@ def test_every_other_page_of_a_table(implementation):
 
 def test_host_copies_change_nothing():
     case = Case(WINDOWS["mixed_rules"])
-    names = ("query_start_loc", "window_start", "visible", "prefix_len", "block_length")
-    copies = {f"{name}_cpu": case.arguments()[name].tolist() for name in names}
-    assert torch.equal(case.run(), case.run(**copies))
+    windows = case.record()
+    copies = {f"{name}_cpu": getattr(windows, name).tolist() for name in PER_REQUEST}
+    assert copies.keys() == {field.name for field in fields(windows) if field.name.endswith("_cpu")}
+    assert torch.equal(case.run(), case.run(windows=replace(windows, **copies)))
 
 
 def sequences(lengths, heads=4, kv_heads=2, head_size=64, dtype=torch.float32):
@@ -233,21 +205,40 @@ def sequences(lengths, heads=4, kv_heads=2, head_size=64, dtype=torch.float32):
     return qkv.split([heads, kv_heads, kv_heads], 1)
 
 
+def full_windows(lengths, **options):
+    start_loc = torch.tensor(starts(lengths), dtype=torch.int32)
+    return Windows(**{"query_start_loc": start_loc, "max_query_len": max(lengths, default=0), **options})
+
+
 def run_full(query, key, value, lengths, **options):
-    start_loc = {"query_start_loc": torch.tensor(starts(lengths), dtype=torch.int32)}
-    return full_attention(
-        query, key, value, max_query_len=max(lengths, default=0), scale=0.125,
-        out=torch.full(query.shape, float("nan"), dtype=query.dtype), **start_loc | options,
-    )  # fmt: skip
+    out = torch.full(query.shape, float("nan"), dtype=query.dtype)
+    return full_attention(query, key, value, full_windows(lengths, **options), 0.125, out)
 
 
 def check_full(out, query, key, value, lengths):
-    group = query.shape[1] // key.shape[1]
-    for first, last in zip(starts(lengths), starts(lengths)[1:], strict=False):
-        k, v = (x[first:last].double().repeat_interleave(group, 1) for x in (key, value))
-        weights = (torch.einsum("qhd,khd->hqk", query[first:last].double(), k) * 0.125).softmax(2)
-        want = torch.einsum("hqk,khd->qhd", weights, v)
-        torch.testing.assert_close(out[first:last].double(), want, rtol=TOLERANCE[out.dtype], atol=TOLERANCE[out.dtype])
+    want = full_attention_rule(query, key, value, full_windows(lengths), 0.125)
+    torch.testing.assert_close(out.double(), want, rtol=TOLERANCE[out.dtype], atol=TOLERANCE[out.dtype])
+
+
+def test_the_rules_are_softmax_attention():
+    """Against torch's own, with the mask of every query written out."""
+    query, key, value = (x.double() for x in sequences([9, 4], heads=4, kv_heads=2))
+    want = [
+        F.scaled_dot_product_attention(*(x[rows].transpose(0, 1) for x in (query, key, value)), enable_gqa=True)
+        for rows in (slice(0, 9), slice(9, 13))
+    ]
+    got = full_attention_rule(query, key, value, full_windows([9, 4]), 64**-0.5)
+    torch.testing.assert_close(got, torch.cat(want, 1).transpose(0, 1))
+
+    case = Case([(8, 2, 12, 4, 3)], dtype=torch.float64)
+    sees = [4, 4, 7, 7, 7, 10, 10, 10]  # positions 2 and 3 in the prefix, then two blocks of three
+    key, value = (cache[case.block_table[0]].flatten(0, 1)[:12] for cache in (case.key_cache, case.value_cache))
+    mask = torch.tensor([[j < limit for j in range(12)] for limit in sees])
+    want = F.scaled_dot_product_attention(
+        *(x.transpose(0, 1) for x in (case.query, key, value)), attn_mask=mask, enable_gqa=True
+    )
+    got = window_attention_rule(case.query, case.key_cache, case.value_cache, case.record(), case.scale)
+    torch.testing.assert_close(got, want.transpose(0, 1))
 
 
 @pytest.mark.parametrize("lengths", [[1], [7, 7], [63, 0, 5], [130, 1, 1, 130]], ids=str)
@@ -275,10 +266,8 @@ def test_full_attention_of_any_lengths(data):
     inputs = sequences(lengths, kv_heads * group, kv_heads, head_size=32)
     check_full(run_full(*inputs, lengths), *inputs, lengths)
     out = torch.full(inputs[0].shape, float("nan"))
-    full_attention_triton(
-        *inputs, torch.tensor(starts(lengths), dtype=torch.int32), max(lengths), 0.125, out,
-        tiling=Tiling(16, 16, 4, 2), num_splits=data.draw(st.integers(1, 3)),
-    )  # fmt: skip
+    options = {"tiling": Tiling(16, 16, 4, 2), "num_splits": data.draw(st.integers(1, 3))}
+    attention_triton(*inputs, full_windows(lengths), 0.125, out, **options)
     check_full(out, *inputs, lengths)
 
 
@@ -329,13 +318,7 @@ def test_the_cpu_result_of_a_request_does_not_depend_on_its_neighbours(dtype, th
 def test_empty_batches(implementation):
     assert run_full(*sequences([]), []).shape == (0, 4, 64)
     assert Case([(0, 0, 5, 0, 0)]).run().shape == (0, 4, 64)
-    assert full_attention(
-        *sequences([5]), query_start_loc=torch.tensor([0, 5], dtype=torch.int32), max_query_len=5, scale=1.0
-    ).shape == (
-        5,
-        4,
-        64,
-    )
+    assert full_attention(*sequences([5]), full_windows([5]), 1.0).shape == (5, 4, 64)
 
 
 def test_the_number_of_splits_fills_the_device():
@@ -354,10 +337,10 @@ def test_every_tiling_is_a_power_of_two(generation):
 
 
 def test_pointers_do_where_there_are_no_descriptors(monkeypatch):
-    monkeypatch.setattr(sys.modules[choose_tiling.__module__], "device_generation", lambda device: 8)
+    monkeypatch.setattr(module, "device_generation", lambda device: 8)
     inputs = sequences([40, 7])
     out = torch.full(inputs[0].shape, float("nan"))
-    full_attention_triton(*inputs, torch.tensor([0, 40, 47], dtype=torch.int32), 40, 0.125, out)
+    attention_triton(*inputs, full_windows([40, 7]), 0.125, out)
     check_full(out, *inputs, [40, 7])
 
 
@@ -391,9 +374,11 @@ def test_pointers_do_where_there_are_no_descriptors(monkeypatch):
 )
 def test_refusals(implementation, change, message):
     case = Case([(8, 0, 8, 0, 0)])
-    arguments = {"query": case.query, "key_cache": case.key_cache, "value_cache": case.value_cache}
+    change = dict(change)
+    tensors = [change.pop(name, getattr(case, name)) for name in ("query", "key_cache", "value_cache")]
+    out = change.pop("out", None)
     with pytest.raises(ValueError, match=message):
-        window_attention(**arguments | case.arguments() | change)
+        window_attention(*tensors, replace(case.record(), **change), case.scale, out)
 
 
 @pytest.mark.parametrize(
@@ -415,13 +400,5 @@ def test_full_attention_refusals(implementation, change, message):
 def test_the_kernel_takes_a_tiling():
     inputs = sequences([100, 30])
     out = torch.full(inputs[0].shape, float("nan"))
-    full_attention_triton(
-        *inputs,
-        torch.tensor([0, 100, 130], dtype=torch.int32),
-        100,
-        0.125,
-        out,
-        tiling=Tiling(32, 16, 4, 2),
-        num_splits=3,
-    )
+    attention_triton(*inputs, full_windows([100, 30]), 0.125, out, tiling=Tiling(32, 16, 4, 2), num_splits=3)
     check_full(out, *inputs, [100, 30])
