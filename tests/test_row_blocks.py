@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm import SamplingParams
 
-from dllm_plugin.kernels import confidence, filter_top_k_top_p
+from dllm_plugin.kernels.confidence import confidence
+from dllm_plugin.kernels.filter import filter_top_k_top_p
 from dllm_plugin.worker import model_runner as runner_module
 
 CHOICE, FILTER = (sys.modules[kernel.__module__] for kernel in (confidence, filter_top_k_top_p))
