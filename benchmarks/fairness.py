@@ -8,8 +8,10 @@ A real vLLM server of tiny-llada on the loopback address, float32, asked over HT
 beside: short requests of 8 tokens, one after another, alone and beside heavy requests that are renewed as they end. Asked:
   latency <= 3 * latency alone + steps * heavy step. A heavy step is the latency of one heavy request alone over its forward
   passes; a load step is that of all heavy requests of the row together, which gives a looser limit.
-clients: a closed loop of clients with requests of random lengths and settings. Asked: p99 / median of latency <= 8. The same
-  ratio of forward passes says how unequal the requests are themselves. Who was cut off counts with what it waited.
+clients: a closed loop of clients with requests of random lengths and settings. Asked: p99 / median of latency <= 8. Read it
+  with the median: where everybody waits in line the ratio is small, and the short wait as long as the long. The same ratio of
+  forward passes says how unequal the requests are, and that of seconds per forward pass how unequally they were served: near 1
+  where every request has its turn in every step. Who was cut off counts with what it waited.
 throughput: tokens per second of a batch of equal requests that fills a step's budget, and of a batch of mixed ones. With
   `--baseline` the servers of both checkouts run at once and are asked in turn; the ratio is that of the medians.
 
@@ -307,8 +309,11 @@ async def clients(server: Server, num_clients: int, num_requests: int, longest: 
     row = {"clients": num_clients, "requests": num_requests, "timed out": num_requests - len(done)} | latencies(answers)
     row["p99 / median"] = row["p99"] / row["median"]
     row["in limit"] = row["p99 / median"] <= RATIO and len(done) == num_requests
-    passes = [answer.passes for answer in done]
-    row["p99 / median of passes"] = percentile_99(passes) / statistics.median(passes)
+    shares = {
+        "passes": [answer.passes for answer in done],
+        "s per pass": [answer.seconds / answer.passes for answer in done],
+    }
+    row |= {f"{name}, p99 / median": percentile_99(each) / statistics.median(each) for name, each in shares.items()}
     return row | {"tokens/s": sum(len(answer.tokens) for answer in done) / wall, "seconds": wall}
 
 
