@@ -46,7 +46,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import aiohttp
-from kernels import environment
+from measure import environment
 from rich.console import Console
 from rich.table import Table
 from vllm import __version__ as vllm_version

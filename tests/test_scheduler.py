@@ -3,6 +3,8 @@
 Scenarios are tables of steps, run-length encoded: `("AB", 12)` is twelve steps in which requests A and B ran.
 """
 
+from dataclasses import replace
+
 import pytest
 from helpers import (
     EOS,
@@ -21,8 +23,6 @@ from helpers import (
 from steps import Steps, case, check, leave_engines_empty, nothing_is_left  # noqa: F401
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
-
-from dllm_plugin import engine_config
 
 # ---- token budget: 64 tokens a step
 
@@ -422,7 +422,8 @@ def test_max_model_len_cuts_the_canvas(narrow):
 
 def test_guidance_cuts_the_canvas(narrow, monkeypatch):
     """Both copies of a sequence fit what a step may forward, and what memory there was found to be for."""
-    monkeypatch.setattr(engine_config, "LONGEST_GUIDED", 8)  # the budget of 64 tokens is more
+    inside = scheduler(narrow)
+    monkeypatch.setattr(inside, "settings", replace(inside.settings, most_tokens=64))  # and no longest guided sequence
     prompt = tuple(random_prompt(20, "guided"))
     steps = Steps(narrow)
     steps.add(case(30, prompt, cfg=1.0))

@@ -62,7 +62,7 @@ class Unmasked:
         return self.summary[: self.num_segments]
 
     @property
-    def final_prefix(self) -> Tensor:
+    def unmasked_prefix(self) -> Tensor:
         """[num_requests] length of the contiguous prefix of the canvas without a mask."""
         return self.summary[self.num_segments :]
 
@@ -79,7 +79,7 @@ def unmask(
     `factor` see, nor in the cap on n. Its `token` and `confidence` may be anything, NaN and infinities included; its cell
     must still be one of the request's canvas. The noise of `alg_temp` goes by position, so those rows do not shift it.
 
-    Columns past the end of a shorter canvas are not special: the caller keeps them masked or cuts the final prefix itself.
+    Columns past the end of a shorter canvas are not special: the caller keeps them masked or cuts the unmasked prefix itself.
     """
     _check(canvas_tokens, canvas_masked, segments, token, confidence)
     run = unmask_triton if use_triton(canvas_tokens.device.type) else unmask_cpu
@@ -110,8 +110,8 @@ def unmask_rule(
         taken = order[:count]
         tokens[cell[taken]], masked[cell[taken]] = new[taken].to(tokens.dtype), False
         remaining.append(len(cell) - len(taken))
-    final_prefix = (~canvas_masked[segments.slot.long()]).cumprod(1).sum(1).tolist()
-    return torch.tensor(remaining + final_prefix, dtype=torch.int32, device=tokens.device)
+    unmasked_prefix = (~canvas_masked[segments.slot.long()]).cumprod(1).sum(1).tolist()
+    return torch.tensor(remaining + unmasked_prefix, dtype=torch.int32, device=tokens.device)
 
 
 def unmask_cpu(

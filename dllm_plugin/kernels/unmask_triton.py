@@ -8,7 +8,7 @@ from dllm_plugin.kernels.dispatch import tl, triton
 def unmask_kernel(
     canvas_tokens_ptr, canvas_masked_ptr, slot_ptr, request_start_loc_ptr, segment_start_loc_ptr, row_cell_ptr,
     token_ptr, confidence_ptr, quota_ptr, threshold_ptr, factor_ptr, alg_temp_ptr, seed_ptr, step_ptr,
-    rank_ptr, remaining_ptr, final_prefix_ptr,
+    rank_ptr, remaining_ptr, unmasked_prefix_ptr,
     max_canvas,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ORDER: tl.constexpr, SKIP_UNMASKED: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +83,7 @@ def unmask_kernel(
         masked = tl.load(canvas_masked_ptr + canvas + column, mask=column < max_canvas, other=0)
         open_column = tl.min(tl.where(masked != 0, column, max_canvas), 0)
         first = tl.where(open_column < max_canvas, max_canvas, first + COLUMNS)
-    tl.store(final_prefix_ptr + request, open_column)
+    tl.store(unmasked_prefix_ptr + request, open_column)
 
 
 @triton.jit

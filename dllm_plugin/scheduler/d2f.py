@@ -6,7 +6,7 @@ State machine of zhijie-group/Discrete-Diffusion-Forcing:D2F-eval/eval_dream.py 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dllm_plugin.scheduler.window import ActiveBlock, Plan, Window
+from dllm_plugin.scheduler.window import ActiveBlock, Attention, Plan, Window
 
 DEFAULT_BLOCK_LENGTH = 32
 
@@ -91,9 +91,10 @@ class D2FPlan(Plan):
                 ActiveBlock(b.start, b.end, b.num_masked, int(b.must_progress), params.d2f_accept_threshold)
                 for b in active
             ),
+            settles_below=self.canvas_end,
+            attention=Attention("block_causal", self.canvas_start, params.block_length or DEFAULT_BLOCK_LENGTH),
             caches=True,
-            prefix_length=self.canvas_start,
-            block_length=params.block_length or DEFAULT_BLOCK_LENGTH,
+            pipelined=True,
         )
         return self._take_all_if_last(window)
 

@@ -50,7 +50,7 @@ class DiffusionSchedulerOutput(SchedulerOutput):
 
 @dataclass
 class DiffusionModelRunnerOutput(ModelRunnerOutput):
-    """``sampled_token_ids``: the tokens by which each request's final prefix grew; often none.
+    """``sampled_token_ids``: the tokens of each request that are emitted; often none.
 
     ``num_emitted``: request id to the number of them that each step brought, as many steps as were run. ``num_masked``:
     request id to the number of positions still masked in each block that was active, after each of the steps.

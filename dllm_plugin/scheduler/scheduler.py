@@ -30,7 +30,7 @@ from dllm_plugin.scheduler.window import Plan, Window, make_plan
 from dllm_plugin.settings import settings_of
 
 # Steps that run between two calls of the scheduler, and how long a request that arrives may have to wait for them.
-MOST_STEPS, MOST_SECONDS = 8, 0.25
+MOST_STEPS, MOST_SECONDS = 8, 0.05
 LONGEST_STRIDE = 16  # rounds in which the least urgent request takes part at least once
 
 logger = init_logger("vllm." + __name__)

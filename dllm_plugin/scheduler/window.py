@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import islice, pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -34,13 +34,30 @@ class ActiveBlock(NamedTuple):
     factor: float = 0.0
 
 
+class Attention(NamedTuple):
+    """Which of the keys below ``visible`` the queries of a window see.
+
+    ``full``: all of them. ``block_causal``: ``[0, prefix_length)``, and all up to the end of the query's own block, blocks
+    of ``block_length`` counted from there.
+    """
+
+    kind: Literal["full", "block_causal"]
+    prefix_length: int = 0
+    block_length: int = 0
+
+
+FULL = Attention("full")
+
+
 class Window(NamedTuple):
     """One denoising step: forward ``[start, end)``, let queries see keys below ``visible``, unmask in ``blocks``.
 
-    With ``block_length`` > 0 attention is block-causal: a query sees ``[0, prefix_length)`` and everything up to the
-    end of its own block, blocks counted from there. ``caches``: the window's keys and values are kept in pages, and a
-    window that does not begin at 0 reads those of earlier steps. ``step``: denoising steps the request has done before
-    this one; with the position it keys the noise, so that nothing depends on the batch.
+    A position is *masked* while it has no token, *settled* once its token will not change, and *emitted* once the user has
+    its token. ``settles_below``: what is unmasked below it is settled, and is emitted once nothing before it is masked.
+    ``caches``: the window's keys and values are kept in pages, and a window that does not begin at 0 reads those of earlier
+    steps. ``pipelined``: blocks may be filled before the ones in front of them, and the plan asks whether EOS is taken.
+    ``step``: steps of the request's schedule before this one; with the position it keys the noise, so that nothing depends
+    on the batch.
     """
 
     start: int
@@ -48,14 +65,15 @@ class Window(NamedTuple):
     visible: int
     step: int
     blocks: tuple[ActiveBlock, ...]
+    settles_below: int
+    attention: Attention = FULL
     caches: bool = False
-    prefix_length: int = 0
-    block_length: int = 0
+    pipelined: bool = False
 
     @property
     def covers_all(self) -> bool:
         """True where every key a query sees is in the window itself, and every query sees all of them."""
-        return self.start == 0 and self.end == self.visible and self.block_length == 0
+        return self.start == 0 and self.end == self.visible and self.attention.kind == "full"
 
 
 def split_blocks(canvas_length: int, block_length: int | None, steps: int | None) -> tuple[list[int], list[int]]:
@@ -218,19 +236,9 @@ class Plan(ABC):
         """The window itself, or where it is the last step of the request, one that unmasks all that is left."""
         if self.params.max_steps is None or self.num_passes < self.params.max_steps - 1:
             return window
-        masked = self._num_masked_in_canvas()
-        start = self.canvas_start
-        rest = ActiveBlock(start, self.canvas_end, masked, quota=masked)
-        return Window(
-            start=0,
-            end=self.canvas_end + self.num_suffix,
-            visible=self.canvas_end + self.num_suffix,
-            step=self.step,
-            blocks=(rest,),
-            caches=window.caches,
-            prefix_length=window.prefix_length,
-            block_length=window.block_length,
-        )
+        masked, length = self._num_masked_in_canvas(), self.canvas_end + self.num_suffix
+        rest = ActiveBlock(self.canvas_start, self.canvas_end, masked, quota=masked)
+        return window._replace(start=0, end=length, visible=length, step=self.step, blocks=(rest,))
 
     @abstractmethod
     def _begin_canvas(self) -> None: ...
@@ -338,8 +346,15 @@ class BlockwisePlan(Plan):
             first, last = 0, length
         else:
             first, last = start - self.shift, length if params.cache == "prefix" else end
-        step_of_request = self.step + step - self._block_step
-        return Window(first, last, length, step_of_request, (block,), params.cache != "none")
+        return Window(
+            start=first,
+            end=last,
+            visible=length,
+            step=self.step + step - self._block_step,
+            blocks=(block,),
+            settles_below=self.canvas_end,
+            caches=params.cache != "none",
+        )
 
     def _refreshes(self, since: int, step: int) -> bool:
         """Whether the step, or one from ``since`` on that was passed over, forwards everything.

@@ -42,7 +42,7 @@ class Needs:
             random_order=any(canvas.params.alg_temp > 0 for canvas in canvases),
             thresholds=any(block.threshold < np.inf for window in windows for block in window.blocks),
             factors=any(block.factor > 0 for window in windows for block in window.blocks),
-            pipelined=any(window.block_length for window in windows),
+            pipelined=any(window.pipelined for window in windows),
         )
 
     @property
@@ -80,7 +80,7 @@ class Layout:
     window_length: np.ndarray  # [windows] on the host
     windows: WindowBatch
     slots: torch.Tensor  # [requests]
-    offsets: torch.Tensor  # [n] 0, 1, ...: no final prefix can grow by more than n
+    offsets: torch.Tensor  # [n] 0, 1, ...: no step brings a request more than n tokens
     token_index: torch.Tensor  # [tokens], into the flattened store
     positions: torch.Tensor  # [tokens], in the sequence
     # [4, places]: index in the flattened store, the token whose logits predict it, position in the sequence, request
@@ -106,15 +106,15 @@ class StepBatch:
 
     layout: Layout
     windows: list[Window]  # of each request
-    final_prefixes: list[int]  # of each request, as the host knew them
-    max_emitted: int  # no final prefix can have grown by more since
+    emitted_before: list[int]  # of each request, as the host knew it
+    max_emitted: int  # more tokens of a request cannot have come since
     # on the device
     row_token: torch.Tensor  # [rows] int64
     row_position: torch.Tensor  # [rows] int64
     row_request: torch.Tensor  # [rows] int64
     numbers: torch.Tensor  # int32, the next two end to end, the segments' quotas, and the row starts where they change
     step: torch.Tensor  # [requests]
-    first_open: torch.Tensor  # [requests], index in the flattened store of what follows `final_prefixes`
+    first_open: torch.Tensor  # [requests], index in the flattened store of the first position that is not emitted
     segments: Segments  # the blocks and their rows, without what orders them at random
 
     def split(self, most: int) -> Iterator["StepBatch"]:
@@ -169,7 +169,7 @@ class BatchBuilder:
         stride = store.tokens.shape[1]
         lists = (
             [window.step for window in steps],
-            [request.slot * stride + request.final_prefix for request in requests],
+            [request.slot * stride + request.emitted for request in requests],
             [block.quota for block in blocks],
             row_loc,
         )
@@ -191,7 +191,7 @@ class BatchBuilder:
         return StepBatch(
             layout=layout,
             windows=steps,
-            final_prefixes=[request.final_prefix for request in requests],
+            emitted_before=[request.emitted for request in requests],
             max_emitted=len(layout.offsets) if every_place else max_growth(requests, steps),
             row_token=row_token,
             row_position=row_position,
@@ -238,9 +238,9 @@ class BatchBuilder:
 
         # places: positions of active blocks
         blocks = [(i, block) for i, window in enumerate(steps) for block in window.blocks]
-        block_request = np.array([i for i, _ in blocks])
-        block_start = np.array([block.start for _, block in blocks])
-        block_length = np.array([block.end for _, block in blocks]) - block_start
+        block_request = np.array([i for i, _ in blocks], dtype=np.int64)
+        block_start = np.array([block.start for _, block in blocks], dtype=np.int64)
+        block_length = np.array([block.end for _, block in blocks], dtype=np.int64) - block_start
         place_request = np.repeat(block_request, block_length)
         place_position = ranges(block_start, block_length)
         first_token = window_loc[block_request] + block_start - start[len(guided) :][block_request] - self.shift
@@ -260,7 +260,7 @@ class BatchBuilder:
                 distance=distances,
                 guided=distances > 0,
             )
-        one_block_each = len(blocks) == num_requests
+        one_block_each = all(len(window.blocks) == 1 for window in steps)
         place_index = slot[place_request] * stride + place_position
         token_index, positions, places, slots, block_requests, offsets = to_device(
             device,
@@ -330,8 +330,8 @@ class BatchBuilder:
             "query_start_loc": start_loc(length).tolist(),
             "window_start": [window.start for window in steps],
             "visible": [window.visible for window in steps],
-            "prefix_len": [window.prefix_length for window in steps],
-            "block_length": [window.block_length for window in steps],
+            "prefix_len": [window.attention.prefix_length for window in steps],
+            "block_length": [window.attention.block_length for window in steps],
         }
         *tensors, table = to_device(
             self.store.device, *map(np.array, host.values()), block_table.ravel(), dtype=torch.int32
@@ -346,14 +346,15 @@ class BatchBuilder:
 
 
 def max_growth(requests: list[Request], steps: list[Window]) -> int:
-    """By how much a final prefix can grow in a step at most.
+    """How many tokens of a request a step can bring at most.
 
-    Pinned positions, and blocks filled before the one in front of them, become final together with it.
+    Pinned positions, and blocks filled before the one in front of them, are emitted together with it.
     """
     most = 0  # a canvas begun again has emitted more than its first block holds
     for request, window in zip(requests, steps, strict=True):
-        beyond_block = request.has_pinned or window.block_length
-        most = max(most, (request.canvas_end if beyond_block else window.blocks[-1].end) - request.final_prefix)
+        beyond_block = request.has_pinned or window.pipelined
+        end = request.canvas_end if beyond_block else max((block.end for block in window.blocks), default=0)
+        most = max(most, min(end, window.settles_below) - request.emitted)
     return most
 
 

@@ -18,7 +18,7 @@ class Request:
     slot: int
     canvas: Canvas
     canvas_end: int
-    final_prefix: int  # tokens final and emitted, in sequence positions
+    emitted: int  # every position below it is settled, and the user has its token
     has_pinned: bool
     serial: int
 
@@ -28,7 +28,7 @@ class CanvasStore:
 
     ``tokens`` int64 and ``masked`` bool ``[slots, length]``, both in sequence positions: the prompt first, never
     masked even where it holds the mask id, then the canvas, then the suffix; what lies behind counts as masked, so that
-    no final prefix reaches it. Both grow to what is asked of them. The other tensors are ``[slots]``, or ``[slots, 2]``
+    no unmasked prefix reaches it. Both grow to what is asked of them. The other tensors are ``[slots]``, or ``[slots, 2]``
     lists of token ids padded with -1.
     """
 
@@ -82,7 +82,7 @@ class CanvasStore:
             slot=slot,
             canvas=canvas,
             canvas_end=end,
-            final_prefix=start + canvas.num_emitted,
+            emitted=start + canvas.num_emitted,
             has_pinned=not bool(masked.all()),
             serial=self._num_begun,
         )

@@ -30,8 +30,9 @@ from dllm_plugin.worker.adapters import AdapterMixin
 from dllm_plugin.worker.batch import BatchBuilder, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
 from dllm_plugin.worker.graphs import StepGraphs
-from dllm_plugin.worker.progress import Progress, Summary
+from dllm_plugin.worker.progress import Progress
 from dllm_plugin.worker.ranking import RANKING_VALUES, RankedRows
+from dllm_plugin.worker.summary import Summary, summarize
 
 # Rows of logits are computed in chunks of about this size, whatever the batch asks for.
 LOGITS_CHUNK_BYTES = 256 * 2**20
@@ -96,7 +97,7 @@ class DiffusionModelRunner(AdapterMixin):
         hidden_states = self.forward(batch)
         token, ranking = self.choose(hidden_states, batch)
         unmasked = self.unmask(batch, token, ranking)
-        return self.summarize(batch, unmasked)
+        return summarize(batch, unmasked, self.state)
 
     def update_canvases(self, scheduler_output: DiffusionSchedulerOutput) -> None:
         pages = self.batches.pages
@@ -198,26 +199,6 @@ class DiffusionModelRunner(AdapterMixin):
             slot, step = batch.slots[block_request], batch.step[block_request].long()
             segments = replace(segments, alg_temp=state.alg_temp[slot], seed=state.seed[slot], step=step)
         return unmask(state.tokens, state.masked, segments, token, ranking)
-
-    def summarize(self, batch: StepBatch, unmasked: Unmasked) -> torch.Tensor:
-        """What the host needs of a step, in one int64 tensor that `Progress.read` takes apart.
-
-        Masks left in each block, the final prefix of each request, as many tokens as it can have grown by, and with
-        pipelined blocks whether EOS is taken.
-        """
-        state, layout = self.state, batch.layout
-        tail = (batch.first_open[:, None] + layout.offsets[: batch.max_emitted]).clamp_(max=state.tokens.numel() - 1)
-        parts = [unmasked.summary, state.tokens.view(-1).index_select(0, tail.view(-1))]
-        if layout.needs.pipelined:
-            parts.append(self.eos_is_taken(batch))
-        return torch.cat(parts)
-
-    def eos_is_taken(self, batch: StepBatch) -> torch.Tensor:
-        """``[requests]`` int32: 1 where an active block holds the request's EOS, masks before it or not."""
-        layout, state = batch.layout, self.state
-        tokens, masked = state.tokens.view(-1)[layout.place_index], state.masked.view(-1)[layout.place_index]
-        ends = (tokens == state.stop_at[layout.slots[layout.place_request]]) & ~masked
-        return torch.zeros_like(batch.step).index_add_(0, layout.place_request, ends.int())
 
     # ---- what vLLM's workers ask of a model runner
 

@@ -1,28 +1,10 @@
-"""What the host learns of denoising steps: their summaries, read in order, and the runner's output made of them."""
-
-import torch
+"""How far requests come in the steps that are run: their summaries, read in order, and the runner's output made of them."""
 
 from dllm_plugin.scheduler.output import DiffusionModelRunnerOutput
 from dllm_plugin.scheduler.window import Window
-from dllm_plugin.worker.batch import Layout, StepBatch
+from dllm_plugin.worker.batch import Layout
 from dllm_plugin.worker.canvas import CanvasStore
-
-
-class Summary:
-    """The numbers of one step on their way to the host; `wait` has them, whatever was launched after the step."""
-
-    def __init__(self, batch: StepBatch, numbers: torch.Tensor) -> None:
-        self.batch = batch
-        self.numbers = numbers.to("cpu", non_blocking=True)
-        self.copied = None
-        if numbers.device.type == "cuda":
-            self.copied = torch.cuda.Event()
-            self.copied.record()
-
-    def wait(self) -> list[int]:
-        if self.copied is not None:
-            self.copied.synchronize()
-        return self.numbers.tolist()
+from dllm_plugin.worker.summary import Summary
 
 
 class Progress:
@@ -37,25 +19,22 @@ class Progress:
         self.eos_is_taken: set[str] = set()
 
     def read(self, summary: Summary) -> bool:
-        """Take the next step's summary apart; returns whether it ends a request or fills a block."""
-        numbers, batch, num_requests = summary.wait(), summary.batch, len(self.requests)
-        num_blocks = len(batch.segments.quota)
-        prefixes = numbers[num_blocks : num_blocks + num_requests]
-        first_block, first_token, ended = 0, num_blocks + num_requests, 0 in numbers[:num_blocks]
-        for i, (request, window, prefix) in enumerate(zip(self.requests, batch.windows, prefixes, strict=True)):
-            self.num_masked[i].append(numbers[first_block : first_block + len(window.blocks)])
+        """Take in the next step's summary; returns whether it ends a request or fills a block."""
+        report, batch = summary.wait(), summary.batch
+        first_block, ended = 0, 0 in report.masks_left
+        for i, (request, window) in enumerate(zip(self.requests, batch.windows, strict=True)):
+            self.num_masked[i].append(report.masks_left[first_block : first_block + len(window.blocks)])
             first_block += len(window.blocks)
-            num_new = max(0, min(prefix, request.canvas_end) - request.final_prefix)
+            num_new = max(0, min(report.unmasked_prefix[i], window.settles_below) - request.emitted)
             if num_new:
-                first_new = first_token + request.final_prefix - batch.final_prefixes[i]
-                new = numbers[first_new : first_new + num_new]
+                first_new = request.emitted - batch.emitted_before[i]
+                new = report.tokens[i][first_new : first_new + num_new]
                 self.tokens[i] += new
                 ended = ended or not request.canvas.ends_at.isdisjoint(new)
-                request.final_prefix += num_new
+                request.emitted += num_new
             self.num_emitted[i].append(num_new)
-            first_token += batch.max_emitted
         if self.layout.needs.pipelined:
-            taken = zip(self.layout.request_ids, numbers[-num_requests:], strict=True)
+            taken = zip(self.layout.request_ids, report.eos_is_taken, strict=True)
             self.eos_is_taken = {request_id for request_id, is_taken in taken if is_taken}
         return ended
 

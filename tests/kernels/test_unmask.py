@@ -165,7 +165,7 @@ def test_requests_with_several_and_empty_segments(implementation):
 def test_segments_of_unmasked_rows_only(implementation):
     Batch(SEVERAL).list_unmasked([[{}, {2: INFINITY, 3: 0.9, 4: NAN}, {9: 0.9}], [], [{0: 1.0, 1: INFINITY}]]).check()
     got = Batch([[([], [], 3, 0.5, 1.0)]]).list_unmasked([[UNMASKED]]).check()
-    assert got.remaining.tolist() == [0] and got.final_prefix.tolist() == [24]
+    assert got.remaining.tolist() == [0] and got.unmasked_prefix.tolist() == [24]
 
 
 @pytest.mark.parametrize("alg_temp", [None, [0.5, 0.0, 2.0, 0.7]])
@@ -195,11 +195,11 @@ def test_other_slots_and_columns_stay(implementation):
 
 
 @pytest.mark.parametrize("canvas", [24, 1024, 1500])
-def test_final_prefix(implementation, canvas):
+def test_unmasked_prefix(implementation, canvas):
     cases = [([4, 5, 6], 1, [0.9, 0.1, 0.2]), ([4, 5, 6], 2, [0.9, 0.8, 0.2]), ([4, 5, 6], 3, [0.9, 0.8, 0.2])]
     requests = [[(columns, values, quota, INFINITY, 0)] for columns, quota, values in cases]
     got = Batch(requests, canvas=canvas).check()
-    assert got.final_prefix.tolist() == [5, 6, canvas]
+    assert got.unmasked_prefix.tolist() == [5, 6, canvas]
     assert got.summary.shape == (6,) and got.summary.dtype == INT32
 
 

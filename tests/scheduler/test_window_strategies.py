@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dllm_plugin.params import HOLE, DiffusionParams
 from dllm_plugin.policies import POLICIES
-from dllm_plugin.scheduler.window import ActiveBlock, Plan, Window, make_plan
+from dllm_plugin.scheduler.window import ActiveBlock, Attention, Plan, Window, make_plan
 
 
 def plan_of(
@@ -270,7 +270,7 @@ def d2f_of(**settings) -> Plan:
 
 def test_d2f_opens_the_next_block_when_the_last_one_is_far_enough():
     plan = d2f_of()
-    assert plan.window.caches and plan.window.prefix_length == 10 and plan.window.block_length == 4
+    assert plan.window.caches and plan.window.attention == Attention("block_causal", 10, 4)
     assert plan.window.blocks == (ActiveBlock(10, 14, 4, 1, 0.9, 0.0),)
     assert table(plan, 1, 1, [1, 0], [0, 2], [1, 1, 1], [1, 1], [2, 2], 2) == [
         (0, 14, 14, [(10, 14, 4, 1)]),
@@ -371,7 +371,7 @@ def test_d2f_cap_lays_out_all_blocks():
     plan = d2f_of(max_steps=2)
     plan.advance([3])
     assert row(plan.window) == (0, 26, 26, [(10, 26, 15, 15)])
-    assert (plan.window.prefix_length, plan.window.block_length) == (10, 4)
+    assert (plan.window.attention.prefix_length, plan.window.block_length) == (10, 4)
     plan.advance([0])
     assert plan.is_over
 
@@ -382,7 +382,7 @@ def test_d2f_next_canvas_takes_all_before_it_as_its_prompt():
     assert not plan.is_over
     plan.start_canvas()
     assert row(plan.window) == (0, 18, 18, [(14, 18, 4, 1)])
-    assert plan.window.prefix_length == 14
+    assert plan.window.attention.prefix_length == 14
 
 
 # ---- whatever happens
