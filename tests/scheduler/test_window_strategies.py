@@ -371,7 +371,7 @@ def test_d2f_cap_lays_out_all_blocks():
     plan = d2f_of(max_steps=2)
     plan.advance([3])
     assert row(plan.window) == (0, 26, 26, [(10, 26, 15, 15)])
-    assert (plan.window.attention.prefix_length, plan.window.block_length) == (10, 4)
+    assert plan.window.attention == Attention("block_causal", 10, 4)
     plan.advance([0])
     assert plan.is_over
 
