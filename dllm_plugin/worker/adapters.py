@@ -15,8 +15,8 @@ from dllm_plugin.settings import settings_of
 from dllm_plugin.worker.batch import StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
 
-# vLLM's LoRA kernels for CPU look a token without adapter up under index -1, which is the last adapter (0.32, 0.33:
-# lora/ops/torch_ops/lora_ops.py). There such tokens get an adapter of zeros, in a slot of its own.
+# vLLM 0.32's LoRA kernels for CPU look a token without adapter up under index -1, which is the last adapter
+# (lora/ops/torch_ops/lora_ops.py). There such tokens get an adapter of zeros, in a slot of its own.
 NO_ADAPTER = LoRARequest("dllm_plugin_no_adapter", 2**31 - 1, "/no/adapter")
 
 
