@@ -19,7 +19,8 @@ import atexit
 import functools
 import itertools
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,18 @@ def model_runner(llm: LLM) -> Any:
 def num_forwards(output: RequestOutput) -> int:
     """Denoising steps of a finished request, from the public result."""
     return sum(output.outputs[0].spec_decode_metrics.histogram)
+
+
+@contextmanager
+def counted_launches(llm: LLM) -> Iterator[list[None]]:
+    """Its length is the number of denoising steps that the worker begins meanwhile."""
+    runner, begun = model_runner(llm), []
+    launch = runner.launch
+    runner.launch = lambda *args: begun.append(None) or launch(*args)
+    try:
+        yield begun
+    finally:
+        del runner.launch
 
 
 _request_number = itertools.count()

@@ -17,6 +17,7 @@ import pytest
 from helpers import (
     RANDOM_WEIGHTS,
     Noise,
+    counted_launches,
     drive,
     engine,
     model_runner,
@@ -74,7 +75,7 @@ class Case:
     @property
     def admits(self) -> bool:
         """Whether the confidences of a step say how many it unmasks."""
-        return "threshold" in self.extras or "factor" in self.extras or self.extras.get("remasking") == "origin"
+        return "threshold" in self.extras or "factor" in self.extras
 
     def expected(self, **more: Any) -> decoding.Generation:
         """What the reference decoder generates."""
@@ -571,16 +572,16 @@ def test_requests_that_join_and_leave(family: str, seed: int):
 def test_steps_share_an_engine_step_until_a_block_is_filled(checkpoint: str, unread: int, monkeypatch):
     """How many a threshold admits is known after the step: no pass is in vain, not even where the host reads one late."""
     llm = engine(checkpoint)
-    monkeypatch.setattr(model_runner(llm), "steps_unread", unread)
+    monkeypatch.setattr(model_runner(llm), "overlaps", bool(unread))
     monkeypatch.setattr(scheduling, "MOST_SECONDS", math.inf)
     cases = [case for case in PARALLEL_CASES + UNTIL_EOS if case.checkpoint == checkpoint and case.admits]
     passes = engine_steps = 0
     for case in cases:
-        before = model_runner(llm).num_forward_passes, scheduler(llm).current_step
-        assert difference(case, run(llm, [case])[0]) == ""
-        ran = model_runner(llm).num_forward_passes - before[0]
-        assert ran == expected(case).num_forwards
-        passes, engine_steps = passes + ran, engine_steps + scheduler(llm).current_step - before[1]
+        before = scheduler(llm).current_step
+        with counted_launches(llm) as launches:
+            assert difference(case, run(llm, [case])[0]) == ""
+        assert len(launches) == expected(case).num_forwards
+        passes, engine_steps = passes + len(launches), engine_steps + scheduler(llm).current_step - before
     assert 0 < engine_steps < passes, (len(cases), engine_steps, passes)
 
 

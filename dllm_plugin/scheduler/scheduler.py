@@ -25,8 +25,9 @@ from dllm_plugin.compat import end_with_error
 from dllm_plugin.kernels import philox
 from dllm_plugin.params import HOLE, DiffusionParams, parse_request
 from dllm_plugin.scheduler.output import Canvas, DiffusionModelRunnerOutput, DiffusionSchedulerOutput
+from dllm_plugin.scheduler.strategies import make_plan
 from dllm_plugin.scheduler.turns import Turns
-from dllm_plugin.scheduler.window import Plan, Window, make_plan
+from dllm_plugin.scheduler.window import Plan, Window
 from dllm_plugin.settings import settings_of
 
 # Steps that run between two calls of the scheduler, and how long a request that arrives may have to wait for them.

@@ -391,13 +391,3 @@ class BlockwisePlan(Plan):
 
     def _num_masked_in_canvas(self) -> int:
         return self._num_masked + sum(self._masks[self._block + 1 :])
-
-
-def make_plan(
-    params: DiffusionParams, prompt_length: int, limit: int, shift: int = 0, num_suffix: int = 0, seed: int = 0
-) -> Plan:
-    """The plan of a request's strategy."""
-    from dllm_plugin.scheduler.d2f import D2FPlan
-
-    plan = D2FPlan if params.strategy == "d2f" else BlockwisePlan
-    return plan(params, prompt_length, limit, shift, num_suffix, seed)

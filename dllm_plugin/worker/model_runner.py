@@ -1,9 +1,9 @@
 """One denoising step for a batch of windows: forward, choose tokens, rank positions, unmask."""
 
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,17 +25,19 @@ from dllm_plugin.kernels.unmask import Unmasked, unmask
 from dllm_plugin.kernels.window_attention import Windows
 from dllm_plugin.policies import RANKINGS
 from dllm_plugin.scheduler.output import DiffusionSchedulerOutput
+from dllm_plugin.scheduler.window import Window
 from dllm_plugin.settings import model_config_of, settings_of
 from dllm_plugin.worker.adapters import AdapterMixin
-from dllm_plugin.worker.batch import BatchBuilder, StepBatch
+from dllm_plugin.worker.batch import BatchBuilder, Layout, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
-from dllm_plugin.worker.graphs import StepGraphs
+from dllm_plugin.worker.graphs import Shape, StepGraphs
 from dllm_plugin.worker.progress import Progress
 from dllm_plugin.worker.ranking import RANKING_VALUES, RankedRows
 from dllm_plugin.worker.summary import Summary, summarize
 
 # Rows of logits are computed in chunks of about this size, whatever the batch asks for.
 LOGITS_CHUNK_BYTES = 256 * 2**20
+Launch = Callable[[dict[str, Window]], Summary]
 FILTER_BYTES = 16 * 2**20  # of float32 logits that are sorted at once
 
 
@@ -52,9 +54,8 @@ class DiffusionModelRunner(AdapterMixin):
         self.graphs: StepGraphs | None = None  # there from the KV cache on
         self.model_memory_usage = 0
         self.kv_caches: list[torch.Tensor] = []
-        self.num_forward_passes = 0
         self.rows_at_once = 0  # rows whose logits are in memory together
-        self.steps_unread = int(device.type == "cuda")
+        self.overlaps = device.type == "cuda"
         config, self.settings = self.model_config.hf_config, settings_of(vllm_config)
         self.state = CanvasStore(
             mask_token_id=config.mask_token_id,
@@ -73,26 +74,39 @@ class DiffusionModelRunner(AdapterMixin):
         if not scheduler_output.steps:
             return EMPTY_MODEL_RUNNER_OUTPUT
         layout = self.batches.lay_out(scheduler_output.steps[0])  # of all steps
-        graphs = self.graphs
-        assert graphs is not None
-        shape = graphs.take(layout)
         progress = Progress(layout, self.state)
+        # a threshold tells how many masks are left, and with it what the next step is, only when a step has been read
         by_quota = not (layout.needs.thresholds or layout.needs.factors)
-        unread: deque[Summary] = deque()
-        for windows in scheduler_output.steps:
-            known = windows if by_quota else progress.with_masks_left(windows)
-            batch = self.batches.build(known, layout, every_place=shape is not None)
-            if self.lora_config:
-                self.activate_adapters(batch)
-            unread.append(Summary(batch, graphs.denoise(batch, shape) if shape else self.denoise(batch)))
-            self.num_forward_passes += 1
-            # on a GPU the next step is prepared while this one runs, and so looks at the one before, unless only this one
-            # tells whether there is to be a next
-            if len(unread) > by_quota * self.steps_unread and progress.read(unread.popleft()):
-                break
-        while unread:
-            progress.read(unread.popleft())
+        assert self.graphs is not None
+        run = self.run_overlapped if self.overlaps and by_quota else self.run_one_by_one
+        run(scheduler_output.steps, partial(self.launch, layout, self.graphs.take(layout)), progress)
         return progress.output()
+
+    def run_one_by_one(self, steps: list[dict[str, Window]], launch: Launch, progress: Progress) -> None:
+        """Run the steps until one ends a request or fills a block."""
+        for windows in steps:
+            summary = launch(progress.with_masks_left(windows))
+            if progress.read(summary):
+                return
+
+    def run_overlapped(self, steps: list[dict[str, Window]], launch: Launch, progress: Progress) -> None:
+        """The same on a GPU, which is never idle: the next step is launched before the last one is read."""
+        unread = launch(steps[0])
+        for windows in steps[1:]:
+            launched = launch(windows)
+            ended = progress.read(unread)
+            unread = launched
+            if ended:
+                break
+        progress.read(unread)
+
+    def launch(self, layout: Layout, shape: Shape | None, windows: dict[str, Window]) -> Summary:
+        """Begin one denoising step, from a recorded graph where it has a shape."""
+        batch = self.batches.build(windows, layout, every_place=shape is not None)
+        if self.lora_config:
+            self.activate_adapters(batch)
+        assert self.graphs is not None
+        return Summary(batch, self.graphs.denoise(batch, shape) if shape else self.denoise(batch))
 
     def denoise(self, batch: StepBatch) -> torch.Tensor:
         """One step on the device, without a word from the host: forward, choose, unmask, summarize."""

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from dllm_plugin.kernels import philox
 from dllm_plugin.params import DiffusionParams
 from dllm_plugin.policies import POLICIES
+from dllm_plugin.scheduler.strategies import make_plan
 from dllm_plugin.scheduler.window import (
     dream_quota,
     even_quota,
-    make_plan,
     next_dream_step,
     next_origin_step,
     origin_quota,

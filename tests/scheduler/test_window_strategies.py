@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from dllm_plugin.params import HOLE, DiffusionParams
 from dllm_plugin.policies import POLICIES
-from dllm_plugin.scheduler.window import ActiveBlock, Attention, Plan, Window, make_plan
+from dllm_plugin.scheduler.strategies import make_plan
+from dllm_plugin.scheduler.window import ActiveBlock, Attention, Plan, Window
 
 
 def plan_of(
