@@ -1,4 +1,4 @@
-# make demo   generate text with both bundled checkpoints        make check   ruff
+# make demo   generate text with both bundled checkpoints        make check   lint, format, types, spelling
 # make test   the whole test suite                               make bench   the benchmarks
 # make test-release VLLM=0.33.0 NEEDS=orjson    the suite over another release of vLLM that has no CPU build
 #
@@ -45,6 +45,8 @@ test-release: $(READY)
 check: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/codespell
 
 bench: $(READY)
 	@for script in $(wildcard benchmarks/overhead.py benchmarks/kernels.py); do \

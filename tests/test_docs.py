@@ -121,8 +121,9 @@ def test_no_document_names_a_path_of_one_machine(name: str) -> None:
     assert not re.search(r"(?<![\w.])/(?:home|root|work|opt|mnt|tmp|Users)/", DOCUMENTS[name])
 
 
-def test_ci_runs_the_test_command_of_the_readme() -> None:
+def test_ci_runs_the_commands_of_the_readme() -> None:
     script = ROOT / ".ci/run"
     assert os.access(script, os.X_OK)
-    assert "make test" in script.read_text()
-    assert "make test" in README
+    for command in ("make check", "make test"):
+        assert re.search(rf"^(exec )?{command}$", script.read_text(), flags=re.MULTILINE)
+        assert command in README
