@@ -2,7 +2,8 @@
 # make test   the whole test suite                               make bench   the benchmarks
 # make test-release VLLM=0.33.0 NEEDS=orjson    the suite over another release of vLLM that has no CPU build
 #
-# Each target first brings .venv up to date with requirements/cpu.txt. Nothing but Python 3.11, pip and make is needed.
+# Each target first brings .venv up to date with requirements/cpu.txt. Nothing but Python 3.11 or 3.12, pip and make is
+# needed; PYTHON= says which.
 
 PYTHON ?= $(firstword $(shell command -v python3.11) python3)
 VENV := .venv
