@@ -1,8 +1,9 @@
-# make demo   generate text with both bundled checkpoints        make check   ruff
+# make demo   generate text with both bundled checkpoints        make check   lint, format, types, spelling
 # make test   the whole test suite                               make bench   the benchmarks
 # make test-release VLLM=0.33.0 NEEDS=orjson    the suite over another release of vLLM that has no CPU build
 #
-# Each target first brings .venv up to date with requirements/cpu.txt. Nothing but Python 3.11, pip and make is needed.
+# Each target first brings .venv up to date with requirements/cpu.txt. Nothing but Python 3.11 or 3.12, pip and make is
+# needed; PYTHON= says which.
 
 PYTHON ?= $(firstword $(shell command -v python3.11) python3)
 VENV := .venv
@@ -45,6 +46,8 @@ test-release: $(READY)
 check: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/codespell
 
 bench: $(READY)
 	@for script in $(wildcard benchmarks/overhead.py benchmarks/kernels.py); do \

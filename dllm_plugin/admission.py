@@ -2,7 +2,8 @@
 
 import copyreg
 import functools
-from typing import Any
+from abc import ABCMeta
+from typing import Any, cast
 
 import msgspec
 from vllm.exceptions import VLLMValidationError
@@ -52,8 +53,10 @@ UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 )
 
 
-class _AdmissionType(type(LogitsProcessor)):
+class _AdmissionType(ABCMeta):
     """The type of `DiffusionAdmission` and of the classes `admission_for` makes, which travel as their settings."""
+
+    settings: EngineSettings
 
 
 class DiffusionAdmission(LogitsProcessor, V2LogitsProcessor, metaclass=_AdmissionType):
@@ -62,8 +65,6 @@ class DiffusionAdmission(LogitsProcessor, V2LogitsProcessor, metaclass=_Admissio
     vLLM has two loaders for these classes, each asking for its own base class; an instance is never made. What vLLM asks is
     a class, so each engine has one of its own (`admission_for`).
     """
-
-    settings: EngineSettings
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -82,14 +83,15 @@ class DiffusionAdmission(LogitsProcessor, V2LogitsProcessor, metaclass=_Admissio
     def update_state(self, batch_update: Any) -> None:
         raise NotImplementedError
 
-    def apply(self, logits: Any, *args: Any) -> Any:
+    def apply(self, logits: Any, *context: Any) -> Any:
         raise NotImplementedError
 
 
 @functools.cache
 def admission_for(settings: EngineSettings) -> type[DiffusionAdmission]:
     """The class that checks the requests to an engine of these settings."""
-    return _AdmissionType("DiffusionAdmission", (DiffusionAdmission,), {"settings": settings, "__module__": __name__})
+    made = _AdmissionType("DiffusionAdmission", (DiffusionAdmission,), {"settings": settings, "__module__": __name__})
+    return cast(type[DiffusionAdmission], made)
 
 
 copyreg.pickle(

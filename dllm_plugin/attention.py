@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from dllm_plugin.kernels.store_kv import split_kv_cache, store_kv
 from dllm_plugin.kernels.window_attention import PagedWindows, Windows, full_attention, window_attention
+from dllm_plugin.settings import model_config_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,9 @@ class DiffusionAttention(nn.Module, AttentionLayerBase):
     It registers itself under ``prefix`` in vLLM's forward context, which gives it pages of the KV cache.
     """
 
+    key_cache: torch.Tensor  # [pages, page_size, num_kv_heads, head_size], and the values', from `bind_kv_cache` on
+    value_cache: torch.Tensor
+
     def __init__(self, num_heads: int, num_kv_heads: int, head_size: int, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -69,24 +73,27 @@ class DiffusionAttention(nn.Module, AttentionLayerBase):
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Output ``[tokens, num_heads, head_size]`` for rotated query, key and value of the same ragged layout."""
-        batch: WindowBatch = get_forward_context().attn_metadata
+        batch = get_forward_context().attn_metadata
+        assert isinstance(batch, WindowBatch)
         if batch.slot_mapping is not None:
             stored = slice(batch.first_stored, None)
             store_kv(key[stored], value[stored], self.key_cache, self.value_cache, batch.slot_mapping)
         if batch.paged is None:
+            assert batch.full is not None  # a step has windows
             return full_attention(query, key, value, batch.full, self.scale)
         out = torch.empty_like(query)
         num_full = batch.num_full_tokens
         if batch.full is not None:
-            full_attention(*(x[:num_full] for x in (query, key, value)), batch.full, self.scale, out[:num_full])
+            full_attention(query[:num_full], key[:num_full], value[:num_full], batch.full, self.scale, out[:num_full])
         window_attention(query[num_full:], self.key_cache, self.value_cache, batch.paged, self.scale, out[num_full:])
         return out
 
     def bind_kv_cache(self, kv_cache: torch.Tensor | None) -> None:
         """Take this layer's pages, logically ``[pages, num_kv_heads, page_size, 2 * head_size]`` in vLLM, or give them up."""
-        self.key_cache, self.value_cache = (
-            (None, None) if kv_cache is None else split_kv_cache(kv_cache, self.head_size)
-        )
+        if kv_cache is None:
+            self.key_cache = self.value_cache = None  # type: ignore[assignment]  # no step runs any more
+        else:
+            self.key_cache, self.value_cache = split_kv_cache(kv_cache, self.head_size)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return DiffusionAttentionBackend
@@ -96,7 +103,7 @@ class DiffusionAttention(nn.Module, AttentionLayerBase):
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,
-            dtype=vllm_config.model_config.dtype,
+            dtype=model_config_of(vllm_config).dtype,
             # tells the engine core that no prefix of a sequence stands for itself
             non_causal=True,
         )

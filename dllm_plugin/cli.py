@@ -145,7 +145,7 @@ def load(name: str) -> "LLM":
         )
     from vllm import LLM
 
-    memory = {"kv_cache_memory_bytes": _DEMO_KV_CACHE_BYTES} if bundled else {}
+    memory: dict[str, Any] = {"kv_cache_memory_bytes": _DEMO_KV_CACHE_BYTES} if bundled else {}
     return LLM(model=str(folder), max_num_seqs=8, use_tqdm_on_load=False, **memory)
 
 
@@ -161,7 +161,8 @@ def answer_questions(llm: "LLM", count: int, max_tokens: int, extras: dict[str, 
     answers = []
     for question in questions("held_out", count, seed=0):
         begin = time.perf_counter()
-        output = llm.chat([{"role": "user", "content": question.text}], sampling, use_tqdm=False)[0].outputs[0]
+        chat: list[Any] = [{"role": "user", "content": question.text}]
+        output = llm.chat(chat, sampling, use_tqdm=False)[0].outputs[0]
         seconds = time.perf_counter() - begin
         is_right = output.text == question.answer
         passes = num_forward_passes(output)

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.config import ModelConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -10,7 +11,7 @@ from dllm_plugin.admission import UNSUPPORTED, DiffusionAdmission, admission_for
 from dllm_plugin.families import family_of
 from dllm_plugin.params import DiffusionParams, check_token_ids, engine_settings, parse_engine_defaults
 from dllm_plugin.plugin import TOKENIZER_MODE
-from dllm_plugin.settings import EngineSettings
+from dllm_plugin.settings import EngineSettings, model_config_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -37,6 +38,7 @@ class DiffusionModelConfig(ModelConfig):
     """vLLM's model config with what we have resolved. Prefix caching is on by itself only where prefixes stand alone."""
 
     diffusion: EngineSettings
+    dtype: torch.dtype  # vLLM has resolved what the user wrote
 
     @property
     def is_prefix_caching_supported(self) -> bool:
@@ -54,7 +56,7 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
     @classmethod
     def verify_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         """Select our scheduler, worker and admission check. Raises ValueError for a setting that does not fit."""
-        model = vllm_config.model_config
+        model = model_config_of(vllm_config)
         model.hf_config.check()
         refuse_what_does_not_fit(vllm_config)
         defaults = engine_defaults(vllm_config)  # a wrong one stops start-up, not the first request
@@ -188,7 +190,7 @@ def fit_cpu_memory(vllm_config: "VllmConfig") -> None:
     from vllm.config import CacheConfig
     from vllm.platforms import current_platform
 
-    cache, model, parallel = vllm_config.cache_config, vllm_config.model_config, vllm_config.parallel_config
+    cache, model, parallel = vllm_config.cache_config, model_config_of(vllm_config), vllm_config.parallel_config
     unset = cache.kv_cache_memory_bytes is None and cache.num_gpu_blocks_override is None
     if not (current_platform.is_cpu() and unset and cache.gpu_memory_utilization == CacheConfig.gpu_memory_utilization):
         return
@@ -201,7 +203,7 @@ def fit_cpu_memory(vllm_config: "VllmConfig") -> None:
 
 def select_components(vllm_config: "VllmConfig") -> None:
     """Set every field explicitly: on CUDA an unset ``async_scheduling`` would become True."""
-    scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
+    scheduler, model = vllm_config.scheduler_config, model_config_of(vllm_config)
     vllm_config.parallel_config.worker_cls = WORKER
     scheduler.scheduler_cls = SCHEDULER
     scheduler.async_scheduling = False

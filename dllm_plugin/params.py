@@ -328,17 +328,18 @@ def check_request(
         )
     check_token_ids(params, vocab_size, label=PREFIX)
     steps_are_used = params.threshold is None and params.factor is None and params.strategy == "full"
-    if not (steps_are_used and "steps" in given and "block_length" in given):
+    steps, block_length = given.get("steps"), given.get("block_length")
+    if not steps_are_used or steps is None or block_length is None:
         return  # a default of too few is raised to one a block
     canvas = len(params.template) or min(params.canvas_length, max_tokens or params.canvas_length)
     if canvas >= max_model_len:
         return  # the prompt decides how long it is
-    blocks = math.ceil(canvas / params.block_length)
-    if params.steps < blocks:
+    blocks = math.ceil(canvas / block_length)
+    if steps < blocks:
         raise ValueError(
-            f"diffusion_steps must be at least the number of blocks, one step a block: {params.steps} steps cannot "
-            f"unmask {blocks} blocks of {params.block_length} positions (canvas of {canvas}); raise diffusion_steps "
-            f"to {blocks} or diffusion_block_length to {math.ceil(canvas / params.steps)}"
+            f"diffusion_steps must be at least the number of blocks, one step a block: {steps} steps cannot "
+            f"unmask {blocks} blocks of {block_length} positions (canvas of {canvas}); raise diffusion_steps "
+            f"to {blocks} or diffusion_block_length to {math.ceil(canvas / steps)}"
         )
 
 

@@ -1,13 +1,15 @@
 """What the engine-config hook has resolved: one frozen record, on the model config that every process of an engine has."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from dllm_plugin.families import Family, family_of
 from dllm_plugin.params import DiffusionParams
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+    from dllm_plugin.engine_config import DiffusionModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,4 +42,9 @@ class EngineSettings:
 def settings_of(vllm_config: "VllmConfig") -> EngineSettings:
     """The record of an engine that the hook has seen. Raises ValueError where the model is not a diffusion model."""
     family_of(vllm_config.model_config.architecture)
-    return vllm_config.model_config.diffusion
+    return model_config_of(vllm_config).diffusion
+
+
+def model_config_of(vllm_config: "VllmConfig") -> "DiffusionModelConfig":
+    """The model config of an engine of ours, whose class the hook has changed."""
+    return cast("DiffusionModelConfig", vllm_config.model_config)

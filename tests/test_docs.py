@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dllm_plugin import cli
 from dllm_plugin.families import ARCHITECTURES
@@ -121,8 +122,19 @@ def test_no_document_names_a_path_of_one_machine(name: str) -> None:
     assert not re.search(r"(?<![\w.])/(?:home|root|work|opt|mnt|tmp|Users)/", DOCUMENTS[name])
 
 
-def test_ci_runs_the_test_command_of_the_readme() -> None:
-    script = ROOT / ".ci/run"
-    assert os.access(script, os.X_OK)
-    assert "make test" in script.read_text()
-    assert "make test" in README
+@pytest.mark.parametrize("script", [".ci/run", ".github/workflows/ci.yml"])
+def test_ci_runs_the_commands_of_the_readme(script: str) -> None:
+    for command in ("make check", "make test"):
+        assert re.search(rf"^(?:exec |\s+- run: )?{command}\b", (ROOT / script).read_text(), flags=re.MULTILINE), (
+            command
+        )
+        assert command in README
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_the_hooks_are_the_commands_of_make_check() -> None:
+    (config,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    recipe = re.search(r"^check:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1]
+    commands = [line.strip().removeprefix("@").replace("$(BIN)", ".venv/bin") for line in recipe.splitlines()]
+    assert [hook["entry"] for hook in config["hooks"]] == commands
+    assert all(hook["language"] == "system" and hook["pass_filenames"] is False for hook in config["hooks"])

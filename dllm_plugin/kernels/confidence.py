@@ -63,6 +63,12 @@ class Choice:
     margin: bool = False
     entropy: bool = False
 
+    @property
+    def noise_keys(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Seed, position and step, where there is a `temperature`."""
+        assert self.seed is not None and self.position is not None and self.step is not None
+        return self.seed, self.position, self.step
+
     def of(self, rows: slice | Tensor) -> "Choice":
         """The choice in some of the rows."""
         per_row = ((name, getattr(self, name)) for name in _PER_ROW)
@@ -93,16 +99,20 @@ def confidence_rule(logits: Tensor, choice: Choice) -> Confidence:
     best = token = score.argmax(1, keepdim=True)
     if choice.temperature is not None:
         temperature = choice.temperature[:, None].double()
-        noise = philox.gumbel(choice.seed, choice.position, choice.step, num_columns=x.shape[1])
+        noise = philox.gumbel(*choice.noise_keys, num_columns=x.shape[1])
         token = torch.where(temperature > 0, score + temperature * noise, score).argmax(1, keepdim=True)
         if choice.tempered is not None:
             x = torch.where(choice.tempered[:, None] & (temperature > 0), x / temperature, x)
     x = _without(x, choice.no_mass)
     p = x.softmax(1)
     margin = p.gather(1, best) - p.scatter(1, best, 0.0).amax(1, keepdim=True)
-    entropy = -(p * (p + ENTROPY_EPSILON).log()).sum(1)
-    chosen = (part.squeeze(1) for part in (token, p.gather(1, token), x.log_softmax(1).gather(1, token), margin))
-    return Confidence(*chosen, entropy)
+    return Confidence(
+        token=token.squeeze(1),
+        probability=p.gather(1, token).squeeze(1),
+        log_probability=x.log_softmax(1).gather(1, token).squeeze(1),
+        margin=margin.squeeze(1),
+        entropy=-(p * (p + ENTROPY_EPSILON).log()).sum(1),
+    )
 
 
 def _without(x: Tensor, ids: Tensor | None) -> Tensor:
@@ -130,14 +140,19 @@ def confidence_cpu(logits: Tensor, choice: Choice) -> Confidence:
         window = slice(begin, begin + step)
         x = scratch[: rows - begin].copy_(logits[window])
         blocks.append(_block(x, choice.of(window), overwrite=True))
-    return Confidence(*(None if column[0] is None else torch.cat(column) for column in zip(*blocks, strict=True)))
+    token, probability, *others = zip(*blocks, strict=True)
+    return Confidence(
+        torch.cat(token), torch.cat(probability), *(None if part[0] is None else torch.cat(part) for part in others)
+    )
 
 
-def _block(x: Tensor, choice: Choice, overwrite: bool) -> tuple[Tensor | None, ...]:
+def _block(
+    x: Tensor, choice: Choice, overwrite: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The parts of a `Confidence` of fp32 logits `x`; False leaves them as they are where no column changes."""
     best = token = _greedy(x, choice.no_choice)
     if choice.temperature is not None:
-        token = _sample(x, token, choice)
+        token = _sample(x, token, choice.temperature, choice)
         if choice.tempered is not None:
             x.div_(torch.where(choice.tempered & (choice.temperature > 0), choice.temperature, 1.0)[:, None])
     if choice.no_mass is not None:
@@ -167,13 +182,13 @@ def _greedy(x: Tensor, no_choice: Tensor | None) -> Tensor:
     return token
 
 
-def _sample(x: Tensor, greedy: Tensor, choice: Choice) -> Tensor:
+def _sample(x: Tensor, greedy: Tensor, temperature: Tensor, choice: Choice) -> Tensor:
     """Gumbel-max samples in the rows that have a temperature, the greedy token in the others."""
     token = greedy.clone()
-    for row in _copied_rows(choice.temperature, x):
+    for row in _copied_rows(temperature, x):
         mine = choice.of(row)
         noised = _allow(x[row], mine.no_choice)
-        _add_noise(noised, mine.temperature, mine.seed, mine.position, mine.step)
+        _add_noise(noised, temperature[row], *mine.noise_keys)
         token[row] = _first_argmax(noised)
     return token
 
@@ -277,9 +292,10 @@ def confidence_triton(logits: Tensor, choice: Choice) -> Confidence:
     margin, entropy = choice.margin, choice.entropy
     result = Confidence(
         logits.new_empty(rows, dtype=torch.int64),
+        logits.new_empty(rows, dtype=torch.float32),
         *(
             logits.new_empty(rows, dtype=torch.float32) if wanted else None
-            for wanted in (True, choice.log_probability, margin, entropy)
+            for wanted in (choice.log_probability, margin, entropy)
         ),
     )
     if rows == 0:

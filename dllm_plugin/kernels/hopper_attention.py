@@ -72,27 +72,29 @@ def launch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    query_start_loc: Tensor,
     window: tuple[Tensor | int | None, ...],
     scale: float,
     out: Tensor,
     partials: tuple[Tensor | None, Tensor | None],
 ) -> None:
-    """As `window_attention.attention_triton`. `window`: the kernel's arguments from query_start_loc to table_stride_page;
+    """As `window_attention.attention_triton`. `window`: the kernel's arguments from window_start to table_stride_page;
     `partials`: where the splits' results and their logarithms go if there are several."""
     tokens, num_heads, head_size = query.shape
     page_size = key.shape[1] if key.dim() == 4 else 0
     box = min(page_size & -page_size, KEYS) if page_size else KEYS
     dtype = gl.bfloat16 if query.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for([KEYS, head_size], dtype)
-    _, _, *steps = _as_matrix(key)
-    matrices = [
-        TensorDescriptor(tensor, list(_as_matrix(tensor)[:2]), [tensor.stride(-3), 1], [box, head_size], layout)
-        for tensor in (key, value)
-    ]
-    query_start_loc = window[0]  # stands for what a launch without pages or splits does not read
+    matrices = []
+    for tensor in (key, value):
+        matrix = _as_matrix(tensor)
+        assert matrix is not None  # `fits` has asked, and whether the steps of both are alike
+        rows, columns, *steps = matrix
+        matrices.append(TensorDescriptor(tensor, [rows, columns], [tensor.stride(-3), 1], [box, head_size], layout))
+    # query_start_loc stands for what a launch without pages or splits does not read
     _hopper_kernel[grid](
         query, *matrices, out,
-        *(query_start_loc if argument is None else argument for argument in (*partials, *window)),
+        *(query_start_loc if argument is None else argument for argument in (*partials, query_start_loc, *window)),
         scale * 1.4426950408889634, query_start_loc.shape[0] - 1, tokens,
         *query.stride()[:2], *steps, *out.stride()[:2],
         PAGE_SIZE=page_size, GROUP=num_heads // key.shape[-2], HEAD_SIZE=head_size, SPLITS=grid[2], BOX=box,
@@ -193,7 +195,8 @@ def _copy(
             if PAGE_SIZE > 0:  # past the last key, where the table may hold anything, page 0
                 page = gl.load(table + row // PAGE_SIZE * table_stride_page, mask=row < high, other=0)
                 row = page * page_rows + row % PAGE_SIZE
-            rows = rows + (first_row + row,)  # noqa: RUF005  Gluon unpacks no tuple into another
+            # Gluon unpacks no tuple into another, and knows no annotation
+            rows = rows + (first_row + row,)  # type: ignore[assignment]  # noqa: RUF005
         mbarrier.wait(k_free.index(stage), fresh)
         mbarrier.expect(k_ready.index(stage), NBYTES)
         for part in gl.static_range(KEYS // BOX):

@@ -48,6 +48,12 @@ class Segments:
     step: Tensor | None = None  # int64
     skip_unmasked: bool = False
 
+    @property
+    def noise_keys(self) -> tuple[Tensor, Tensor]:
+        """Seed and step, where there is an `alg_temp`."""
+        assert self.seed is not None and self.step is not None
+        return self.seed, self.step
+
 
 @dataclass(frozen=True, slots=True)
 class Unmasked:
@@ -96,7 +102,7 @@ def unmask_rule(
         cell, value, new = (rows[first:last][live] for rows in (segments.row_cell, confidence, token))
         score = value
         if segments.alg_temp is not None and segments.alg_temp[segment] > 0:
-            seed, step = (numbers[segment].expand(len(cell)) for numbers in (segments.seed, segments.step))
+            seed, step = (numbers[segment].expand(len(cell)) for numbers in segments.noise_keys)
             noise = philox.gumbel(seed, cell % canvas_masked.shape[1], step, stream=philox.ORDER)
             score = value / segments.alg_temp[segment] + noise
         order = (-score).argsort(stable=True)  # NaN last
@@ -121,7 +127,7 @@ def unmask_cpu(
     max_canvas = canvas_masked.shape[1]
     host_tokens, host_masked = canvas_tokens.cpu(), canvas_masked.cpu()  # themselves on a CPU
     tokens, masked = host_tokens.numpy(), host_masked.numpy()
-    loc, cell, token, confidence, slot, count = (
+    loc, cell, new, value, slot, count = (
         tensor.cpu().numpy()
         for tensor in (
             segments.segment_start_loc, segments.row_cell, token, confidence, segments.slot, segments.quota
@@ -130,16 +136,16 @@ def unmask_cpu(
     if segments.skip_unmasked:
         live = masked.ravel()[cell]
         loc = np.concatenate([[0], live.cumsum()])[loc]
-        cell, token, confidence = cell[live], token[live], confidence[live]
+        cell, new, value = cell[live], new[live], value[live]
     begin, end = loc[:-1], loc[1:]
     length = end - begin
     segment = np.arange(len(length)).repeat(length)
     row = np.arange(len(segment))
 
     # ascending order of the negated score puts NaN last, where a descending sort would put it first
-    score = -confidence
+    score = -value
     if segments.alg_temp is not None:
-        per_segment = (segments.alg_temp, segments.seed, segments.step)
+        per_segment = (segments.alg_temp, *segments.noise_keys)
         temperature, seed, step = (tensor.cpu().numpy()[segment] for tensor in per_segment)
         keys = map(torch.from_numpy, (seed, cell % max_canvas, step))
         noise = philox.gumbel(*keys, stream=philox.ORDER).numpy()
@@ -148,20 +154,20 @@ def unmask_cpu(
     order = np.lexsort((score, segment))  # stable, as ties by position ask
 
     if segments.threshold is not None:
-        above = confidence > segments.threshold.cpu().numpy()[segment]
+        above = value > segments.threshold.cpu().numpy()[segment]
         count = np.maximum(count, np.bincount(segment[above], minlength=len(length)))
     if segments.factor is not None:
         factor = segments.factor.cpu().numpy()
         rank = row - begin[segment]
         limit = 1 - factor[segment] / (rank + 2).astype(np.float32)
-        fails = (rank > 0) & ~(confidence[order] >= limit)
+        fails = (rank > 0) & ~(value[order] >= limit)
         prefix = length.copy()
         np.minimum.at(prefix, segment[fails], rank[fails])
         count = np.maximum(count, np.where(factor > 0, prefix, 0))
     count = np.minimum(np.maximum(count, 0), length)
 
     taken = order[row < (begin + count)[segment]]
-    tokens.ravel()[cell[taken]] = token[taken]
+    tokens.ravel()[cell[taken]] = new[taken]
     masked.ravel()[cell[taken]] = False
     if canvas_tokens.device.type != "cpu":
         canvas_tokens.copy_(host_tokens)
@@ -222,8 +228,9 @@ def _check(canvas_tokens: Tensor, canvas_masked: Tensor, segments: Segments, tok
 def unmask_triton(
     canvas_tokens: Tensor, canvas_masked: Tensor, segments: Segments, token: Tensor, confidence: Tensor
 ) -> Tensor:
-    slot, request_start_loc, *inputs = contiguous(
-        segments.slot, segments.request_start_loc, segments.segment_start_loc, segments.row_cell, token, confidence,
+    slot = segments.slot.contiguous()
+    request_start_loc, *inputs = contiguous(
+        segments.request_start_loc, segments.segment_start_loc, segments.row_cell, token, confidence,
         segments.quota, segments.threshold, segments.factor, segments.alg_temp, segments.seed, segments.step,
     )  # fmt: skip
     num_segments = len(segments.quota)

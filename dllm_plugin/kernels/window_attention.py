@@ -44,7 +44,7 @@ else:
 try:
     from dllm_plugin.kernels import hopper_attention
 except ImportError:  # no Triton, or one without Gluon
-    hopper_attention = None
+    hopper_attention = None  # type: ignore[assignment]  # mypy has no type for a module that may be missing
 
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 _GATHER_BYTES = 1 << 20  # keys and values gathered at a time: they stay in the cache until they are used
@@ -243,9 +243,8 @@ def full_attention_cpu(
         run = slice(begin, query_start_loc[last])
         shape = (last - first, length)
         if length:
-            out[run].unflatten(0, shape).copy_(
-                _attend(*(tensor[run].unflatten(0, shape) for tensor in (query, key, value)), scale)
-            )
+            queries, keys, values = (tensor[run].unflatten(0, shape) for tensor in (query, key, value))
+            out[run].unflatten(0, shape).copy_(_attend(queries, keys, values, scale))
         first = last
     return out
 
@@ -273,9 +272,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Unmasked attention of [n, tokens, heads, head_size] tensors."""
     if key.shape[1] == 0:
         return torch.zeros_like(query)
-    heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     grouped = key.shape[2] != query.shape[2]
-    return F.scaled_dot_product_attention(*heads_first, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped).transpose(1, 2)
 
 
 def _check_heads(query: Tensor, key: Tensor, value: Tensor, query_start_loc: Tensor, out: Tensor | None) -> Tensor:
@@ -358,11 +357,13 @@ def attention_triton(
     if tokens == 0 or num_reqs == 0:
         return out
     page_size, max_query_len, max_visible = 0, windows.max_query_len, windows.max_query_len
-    window, table_strides = (windows.query_start_loc.contiguous(), *(None,) * 5), (0, 0)
+    query_start_loc, table_strides = windows.query_start_loc.contiguous(), (0, 0)
+    paged: tuple[Tensor | None, ...] = (None,) * 5
     if isinstance(windows, PagedWindows):
         page_size, max_visible, table = key.shape[1], windows.max_visible, windows.block_table
         per_request = (windows.window_start, windows.visible, windows.prefix_len, windows.block_length)
-        window, table_strides = (*contiguous(windows.query_start_loc, *per_request), table), table.stride()
+        paged = (*contiguous(*per_request), table)
+        table_strides = (table.stride(0), table.stride(1))
     key_stride, value_stride = ((0, *tensor.stride())[-4:-1] for tensor in (key, value))
     group = num_heads // num_kv_heads
     generation = device_generation(query.device)
@@ -385,14 +386,16 @@ def attention_triton(
         lse = query.new_empty((num_splits, tokens, num_heads), dtype=torch.float32)
     grid = (num_tiles, num_kv_heads, num_splits)
     if on_hopper:
-        hopper_attention.launch(grid, query, key, value, (*window, *table_strides), scale, out, (partial, lse))
+        hopper_attention.launch(
+            grid, query, key, value, query_start_loc, (*paged, *table_strides), scale, out, (partial, lse)
+        )
     else:
         block_d = triton.next_power_of_2(head_size)
         descriptors = generation >= 9 and page_size == 0 and all(_describable(tensor) for tensor in (key, value))
         if descriptors:
             key, value = (_describe(tensor, [tiling.keys, block_d]) for tensor in (key, value))
         attention_kernel[grid](
-            query, key, value, out, partial, lse, *window,
+            query, key, value, out, partial, lse, query_start_loc, *paged,
             scale * 1.4426950408889634, num_reqs, tokens,
             *query.stride()[:2], *key_stride, *value_stride, *out.stride()[:2], *table_strides,
             PAGE_SIZE=page_size, GROUP=group, HEAD_SIZE=head_size, ROWS=rows, KEYS=tiling.keys, BLOCK_D=block_d,

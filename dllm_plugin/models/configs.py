@@ -136,9 +136,9 @@ class LLaDAConfig(_StrictConfig):
         super().__init__(**kwargs)
         # null in config.json stands for these in the published modeling code
         if self.n_kv_heads is None:
-            self.n_kv_heads = self.n_heads
+            self.n_kv_heads: int = self.n_heads
         if self.embedding_size is None:
-            self.embedding_size = self.vocab_size
+            self.embedding_size: int = self.vocab_size
 
     def check(self) -> None:
         super().check()

@@ -215,7 +215,7 @@ class DiffusionLM(nn.Module, SupportsLoRA):
 
     names: WeightNames
     hf_to_vllm_mapper: WeightsMapper
-    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {  # type: ignore[misc]  # vLLM means one, and writes no ClassVar
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm.logger import init_logger
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -71,13 +71,13 @@ class DiffusionScheduler(Scheduler):
         # of each request, steps to be recorded: masks before, tokens emitted
         self._steps_run: dict[str, list[tuple[int, int]]] = {}
         self._allocate_slots = self.kv_cache_manager.allocate_slots
-        self.kv_cache_manager.allocate_slots = self._allocate_canvas
+        self.kv_cache_manager.allocate_slots = self._allocate_canvas  # type: ignore[method-assign]  # that is the seam
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
             try:
                 denoising = self._begin_denoising(
-                    request, parse_request(request.sampling_params.extra_args, self.settings.defaults)
+                    request, parse_request(sampling_of(request).extra_args, self.settings.defaults)
                 )
             except Exception as error:
                 # only known with prompt and model at hand; an exception here would end the engine for everyone, so
@@ -108,7 +108,7 @@ class DiffusionScheduler(Scheduler):
             elif req_id in begun:
                 plan.restart_canvas()
                 canvases[req_id] = self._canvas(self.requests[req_id])
-        windows = {req_id: self.denoising[req_id].plan.window for req_id in self._take_turns(output)}
+        windows = {req_id: self._window(req_id) for req_id in self._take_turns(output)}
         steps = self._look_ahead(windows)
         self._scheduled_at = time.monotonic()
         return DiffusionSchedulerOutput(**vars(output), canvases=canvases, steps=steps)
@@ -175,9 +175,10 @@ class DiffusionScheduler(Scheduler):
 
     def _record_steps(self, request: Request, num_tokens: int | None = None) -> None:
         """Count the steps that ran; of a request that ended, only up to the one that brought its last token."""
-        left = num_tokens
+        left, metrics = num_tokens, request.spec_decode_metrics
+        assert metrics is not None  # from `add_request` on
         for num_masked, num_emitted in self._steps_run.pop(request.request_id):
-            request.spec_decode_metrics.observe(num_masked, num_emitted)
+            metrics.observe(num_masked, num_emitted)
             if left is not None and (left := left - num_emitted) <= 0:
                 break
 
@@ -207,7 +208,7 @@ class DiffusionScheduler(Scheduler):
                 f"{num_prompt} tokens of prompt, {len(suffix_ids)} of diffusion_suffix and {len(params.template)} of "
                 f"diffusion_template leave no room"
             )
-        sampling = request.sampling_params
+        sampling = sampling_of(request)
         watched = sampling.output_kind != RequestOutputKind.FINAL_ONLY or sampling.stop or sampling.repetition_detection
         seed = self._draw_seed(63) if sampling.seed is None else philox.signed_64_bits(sampling.seed)
         return Denoising(
@@ -242,8 +243,13 @@ class DiffusionScheduler(Scheduler):
 
     def _window_tokens(self, req_id: str) -> int:
         """Tokens the request's next window forwards; guidance forwards a second, unconditional copy."""
-        plan = self.denoising[req_id].plan
-        return (plan.window.end - plan.window.start) * (2 if plan.params.cfg_scale > 0 else 1)
+        window, params = self._window(req_id), self.denoising[req_id].plan.params
+        return (window.end - window.start) * (2 if params.cfg_scale > 0 else 1)
+
+    def _window(self, req_id: str) -> Window:
+        window = self.denoising[req_id].plan.window
+        assert window is not None  # a full canvas is followed by another, or ends the request
+        return window
 
     def _allocate_canvas(
         self, request: Request, num_new_tokens: int, num_new_computed_tokens: int = 0, *args: Any, **kwargs: Any
@@ -257,15 +263,16 @@ class DiffusionScheduler(Scheduler):
         return self._allocate_slots(request, num_new_tokens, num_new_computed_tokens, *args, **kwargs)
 
     def _canvas(self, request: Request) -> Canvas:
-        denoising, sampling = self.denoising[request.request_id], request.sampling_params
+        denoising, sampling = self.denoising[request.request_id], sampling_of(request)
         plan = denoising.plan
+        eos_token_id = -1 if sampling.eos_token_id is None else sampling.eos_token_id
         return Canvas(
             token_ids=request.all_token_ids[: plan.canvas_start],
             canvas_ids=list(plan.params.template) or [HOLE] * plan.canvas_length,
             suffix_ids=denoising.suffix_ids,
             num_emitted=request.num_tokens - plan.canvas_start,
-            eos_token_id=-1 if sampling.eos_token_id is None else sampling.eos_token_id,
-            ends_at=frozenset([sampling.eos_token_id, *(sampling.stop_token_ids or ())]),
+            eos_token_id=eos_token_id,
+            ends_at=frozenset([eos_token_id, *(sampling.stop_token_ids or ())]),
             lora_request=request.lora_request,
             params=replace(plan.params, suffix=(), template=()),
             temperature=sampling.temperature,
@@ -273,6 +280,11 @@ class DiffusionScheduler(Scheduler):
             top_k=min(sampling.top_k, self.settings.vocab_size),
             seed=denoising.seed,
         )
+
+
+def sampling_of(request: Request) -> SamplingParams:
+    assert request.sampling_params is not None  # only a request to pool has none, and no diffusion model takes one
+    return request.sampling_params
 
 
 def num_tokens(windows: dict[str, Window]) -> int:

@@ -34,7 +34,8 @@ class Turns:
         now = min((self._queue[one][0] for one in num_tokens if one in self._queue), default=0)
         due = {one: now + (strides[one] if strides else 1) for one in num_tokens}
         self._queue = {one: self._queue.get(one) or (due[one], next(self._count)) for one in num_tokens}
-        left, served = self.budget, set()
+        left = self.budget
+        served: set[str] = set()
         for one in sorted(num_tokens, key=self._queue.__getitem__):
             if num_tokens[one] <= left or not served:
                 served.add(one)

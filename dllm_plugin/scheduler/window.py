@@ -217,6 +217,7 @@ class Plan(ABC):
 
         They presume that each window unmasks its quotas and no more, which is sure without a threshold.
         """
+        assert self.window is not None
         return [self.window]
 
     def advance(self, num_masked: Sequence[int], eos_is_taken: bool = False, num_passes: int = 1) -> None:
@@ -319,9 +320,11 @@ class BlockwisePlan(Plan):
             step, num_masked = step + 1, num_masked - quota
 
     def look_ahead(self, most: int) -> list[Window]:
+        assert self.window is not None
         if self.params.max_steps is not None:
             return [self.window]
-        windows, since = [], self._block_step
+        windows: list[Window] = []
+        since = self._block_step
         for step, num_masked, quota in islice(self._passes(), most):
             window = self._window(since, step, num_masked, quota)
             if windows and (window.start, window.end) != (self.window.start, self.window.end):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import LoRAConfig, VllmConfig
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
@@ -24,6 +24,7 @@ class AdapterMixin(LoRAModelRunnerMixin):
     """What a model runner needs to serve several adapters, and none, in one batch."""
 
     state: CanvasStore
+    lora_config: LoRAConfig | None
 
     def load_lora_model(self, model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
         config, lora = copy.copy(vllm_config), vllm_config.lora_config
@@ -33,12 +34,14 @@ class AdapterMixin(LoRAModelRunnerMixin):
         scheduler.max_num_batched_tokens = settings_of(vllm_config).most_tokens
         if not current_platform.is_cpu():
             return super().load_lora_model(model, config, device)
+        assert lora is not None and lora.max_cpu_loras is not None  # vLLM has made it max_loras where it was not given
         config.lora_config = replace(lora, max_loras=lora.max_loras + 1, max_cpu_loras=lora.max_cpu_loras + 1)
         model = super().load_lora_model(model, config, device)
         self.add_no_adapter()
         return model
 
     def add_no_adapter(self) -> None:
+        assert self.lora_config is not None
         self.lora_manager.add_dummy_lora(NO_ADAPTER, rank=min(8, self.lora_config.max_lora_rank))
         self.lora_manager.pin_adapter(NO_ADAPTER.lora_int_id)
 

@@ -1,8 +1,9 @@
 """One step's ragged batch: which tokens are forwarded, and which rows of logits are asked for."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -336,9 +337,10 @@ class BatchBuilder:
         *tensors, table = to_device(
             self.store.device, *map(np.array, host.values()), block_table.ravel(), dtype=torch.int32
         )
+        both: dict[str, Any] = dict(zip(host, tensors, strict=True))
+        both |= {f"{name}_cpu": values for name, values in host.items()}
         return PagedWindows(
-            **dict(zip(host, tensors, strict=True)),
-            **{f"{name}_cpu": values for name, values in host.items()},
+            **both,
             block_table=table.view(block_table.shape),
             max_query_len=max(length),
             max_visible=block_table.shape[1] * self.page_size,  # the same for a step that is recorded
@@ -380,7 +382,7 @@ def to_device(device: torch.device, *arrays: np.ndarray, dtype: torch.dtype = to
     return pack(device, *arrays, dtype=dtype).split_with_sizes([len(array) for array in arrays])
 
 
-def pack(device: torch.device, *arrays: list[float] | np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+def pack(device: torch.device, *arrays: Sequence[float] | np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     """The arrays end to end as one tensor on the device."""
     if isinstance(arrays[0], list):
         packed = np.array([number for array in arrays for number in array], _NUMPY[dtype])

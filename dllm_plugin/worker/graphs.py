@@ -39,12 +39,11 @@ class Recorded:
             for (_, target), (_, source) in zip(tensors_of(self.batch.layout), tensors_of(batch.layout), strict=True):
                 target.copy_(source)
         self.batch.numbers.copy_(batch.numbers)
-        for target, source in (
-            (self.batch.segments.threshold, batch.segments.threshold),
-            (self.batch.segments.factor, batch.segments.factor),
-        ):
-            if source is not None:
-                target.copy_(source)
+        own, other = self.batch.segments, batch.segments
+        for mine, its in ((own.threshold, other.threshold), (own.factor, other.factor)):
+            if its is not None:
+                assert mine is not None  # batches of one shape need the same
+                mine.copy_(its)
 
 
 class StepGraphs:
@@ -119,6 +118,7 @@ class StepGraphs:
 
     def capture(self, batch: StepBatch) -> tuple[torch.Tensor, Callable[[], None]]:
         """The summary's buffer, and a call that runs the step again."""
+        assert self.stream is not None  # `enabled` on a GPU alone
         graph = torch.cuda.CUDAGraph()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(

@@ -26,7 +26,7 @@ from dllm_plugin.kernels.window_attention import Windows
 from dllm_plugin.policies import RANKINGS
 from dllm_plugin.scheduler.output import DiffusionSchedulerOutput
 from dllm_plugin.scheduler.window import Window
-from dllm_plugin.settings import settings_of
+from dllm_plugin.settings import model_config_of, settings_of
 from dllm_plugin.worker.adapters import AdapterMixin
 from dllm_plugin.worker.batch import BatchBuilder, Layout, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
@@ -46,11 +46,11 @@ class DiffusionModelRunner(AdapterMixin):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         self.vllm_config = vllm_config
-        self.model_config = vllm_config.model_config
+        self.model_config = model_config_of(vllm_config)
         self.load_config = vllm_config.load_config
         self.lora_config = vllm_config.lora_config
         self.device = device
-        self.model: nn.Module
+        self.model: Any  # an adapter of `models`, which vLLM finds by its name
         self.graphs: StepGraphs | None = None  # there from the KV cache on
         self.model_memory_usage = 0
         self.kv_caches: list[torch.Tensor] = []
@@ -77,6 +77,7 @@ class DiffusionModelRunner(AdapterMixin):
         progress = Progress(layout, self.state)
         # a threshold tells how many masks are left, and with it what the next step is, only when a step has been read
         by_quota = not (layout.needs.thresholds or layout.needs.factors)
+        assert self.graphs is not None
         run = self.run_overlapped if self.overlaps and by_quota else self.run_one_by_one
         run(scheduler_output.steps, partial(self.launch, layout, self.graphs.take(layout)), progress)
         return progress.output()
@@ -104,6 +105,7 @@ class DiffusionModelRunner(AdapterMixin):
         batch = self.batches.build(windows, layout, every_place=shape is not None)
         if self.lora_config:
             self.activate_adapters(batch)
+        assert self.graphs is not None
         return Summary(batch, self.graphs.denoise(batch, shape) if shape else self.denoise(batch))
 
     def denoise(self, batch: StepBatch) -> torch.Tensor:
@@ -123,8 +125,8 @@ class DiffusionModelRunner(AdapterMixin):
         cached = scheduler_output.scheduled_cached_reqs
         for request_id, block_ids in zip(cached.req_ids, cached.new_block_ids, strict=True):
             if request_id in cached.resumed_req_ids:
-                pages[request_id] = list(block_ids[0])
-            elif block_ids is not None:
+                pages[request_id] = []
+            if block_ids is not None:
                 pages[request_id] += block_ids[0]
         for request_id, canvas in scheduler_output.canvases.items():
             self.state.begin(request_id, canvas)
@@ -172,6 +174,7 @@ class DiffusionModelRunner(AdapterMixin):
         temperature = state.temperature[slot] if needs.sampling else None
         seed, step = (state.seed[slot], batch.step[batch.row_request].long()) if needs.noise else (None, None)
         if needs.filters:
+            assert slot is not None
             self.filter(logits, slot, no_choice)
         choice = Choice(
             no_choice=no_choice,
@@ -185,11 +188,11 @@ class DiffusionModelRunner(AdapterMixin):
             entropy="negative_entropy" in needs.rankings,
         )
         chosen = confidence(logits, choice)
-        rows, ranking = RankedRows(chosen, position, seed, step), None
-        for name in needs.rankings:
-            value = RANKING_VALUES[name](rows)
-            mine = ranking is None or state.ranking[slot] == RANKINGS.index(name)
-            ranking = value if ranking is None else torch.where(mine, value, ranking)
+        rows = RankedRows(chosen, position, seed, step)
+        first, *others = needs.rankings
+        ranking = RANKING_VALUES[first](rows)
+        for name in others:
+            ranking = torch.where(state.ranking[slot] == RANKINGS.index(name), RANKING_VALUES[name](rows), ranking)
         return chosen.token, ranking
 
     def filter(self, logits: torch.Tensor, slot: torch.Tensor, no_choice: torch.Tensor) -> None:

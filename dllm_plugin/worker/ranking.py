@@ -19,16 +19,22 @@ class RankedRows:
     step: torch.Tensor | None
 
     def uniforms(self, step: torch.Tensor) -> torch.Tensor:
-        return philox.uniform(self.seed, self.position, step, stream=philox.UNIFORM)
+        return philox.uniform(given(self.seed), self.position, step, stream=philox.UNIFORM)
+
+
+def given(tensor: torch.Tensor | None) -> torch.Tensor:
+    """What is there because a ranking that reads it was asked for."""
+    assert tensor is not None
+    return tensor
 
 
 # fp32 [rows] each
 RANKING_VALUES: dict[str, Callable[[RankedRows], torch.Tensor]] = {
     "probability": lambda rows: rows.chosen.probability,
-    "margin": lambda rows: rows.chosen.margin,
-    "negative_entropy": lambda rows: -rows.chosen.entropy,
-    "step_number": lambda rows: rows.uniforms(rows.step),
-    "own_number": lambda rows: rows.uniforms(torch.zeros_like(rows.step)),  # the plan has turned it into quotas
+    "margin": lambda rows: given(rows.chosen.margin),
+    "negative_entropy": lambda rows: -given(rows.chosen.entropy),
+    "step_number": lambda rows: rows.uniforms(given(rows.step)),
+    "own_number": lambda rows: rows.uniforms(torch.zeros_like(given(rows.step))),  # the plan has turned it into quotas
     "left_to_right": lambda rows: -rows.position.float(),
 }
 

@@ -1,7 +1,7 @@
 """vLLM's worker with our model runner: CPU and CUDA by the same code."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.platforms import current_platform
@@ -13,10 +13,10 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from dllm_plugin.settings import settings_of
 from dllm_plugin.worker.model_runner import DiffusionModelRunner
 
-if current_platform.is_cpu():
-    from vllm.v1.worker.cpu_worker import CPUWorker as _PlatformWorker
-else:
+if TYPE_CHECKING or not current_platform.is_cpu():
     _PlatformWorker = GPUWorker
+else:  # a GPUWorker too
+    from vllm.v1.worker.cpu_worker import CPUWorker as _PlatformWorker
 
 
 class DiffusionWorker(_PlatformWorker):
@@ -48,9 +48,11 @@ class DiffusionWorker(_PlatformWorker):
             self.vllm_config, self.rank, method, self.local_rank, current_platform.dist_backend
         )
         set_random_seed(self.model_config.seed)
-        self.model_runner = self._make_model_runner()
+        self.model_runner = self._make_model_runner()  # type: ignore[assignment]  # as below
 
-    def _make_model_runner(self) -> DiffusionModelRunner:
+    # neither of vLLM's two runners, which its workers name
+    def _make_model_runner(self) -> DiffusionModelRunner:  # type: ignore[override]
+        assert self.device is not None  # `init_device` comes first
         return DiffusionModelRunner(self.vllm_config, self.device)
 
     def _should_warm_up_model(self) -> bool:
