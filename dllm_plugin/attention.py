@@ -50,10 +50,6 @@ class DiffusionAttentionBackend(AttentionBackend):
     def get_supported_kernel_block_sizes(*_: Any) -> list[int | MultipleOf]:
         return [MultipleOf(16)]
 
-    @classmethod
-    def supports_non_causal(cls) -> bool:
-        return True
-
 
 class DiffusionAttention(nn.Module, AttentionLayerBase):
     """Attention in which a query sees what its window makes visible, before and behind it.

@@ -26,8 +26,8 @@ HOLE = -1
 KINDS = {
     "greedy": ({}, {}),
     "sampled": ({"temperature": 0.8}, {}),
-    "top_p": ({"temperature": 1.0, "top_p": 0.7}, {}),
-    "top_k": ({"temperature": 1.0, "top_k": 5}, {}),
+    "top_p": ({"temperature": 0.6, "top_p": 0.7}, {}),
+    "top_k": ({"temperature": 1.3, "top_k": 5}, {}),
     "guided": ({}, {"cfg_scale": 1.5}),
     "guided_and_sampled": ({"temperature": 0.5}, {"cfg_scale": 0.5, "remasking": "entropy"}),
     "never_eos": ({}, {"eos_suppression": "logits"}),

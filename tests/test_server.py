@@ -84,7 +84,8 @@ def servers(checkpoints: dict[str, str], tmp_path_factory: pytest.TempPathFactor
     """Both ways to start a server, side by side: with the worker named, and with no flag at all."""
     logs = tmp_path_factory.mktemp("servers")
     llada, dream = checkpoints["tiny-llada"], checkpoints["tiny-dream"]
-    worker = ["--worker-cls", "dllm_plugin.worker.DiffusionWorker"]
+    # a step of a server's default budget has too few rows for `test_more_rows_than_a_block_of_the_choice`
+    worker = ["--worker-cls", "dllm_plugin.worker.DiffusionWorker", "--max-num-batched-tokens", "8192"]
     running = {
         "tiny-llada": start([str(BIN / "vllm"), "serve", llada, *worker], llada, logs / "llada.log"),
         "tiny-dream": start(
@@ -275,19 +276,21 @@ def test_requests_side_by_side_give_what_each_gives_alone(llada: Server) -> None
 
 def test_more_rows_than_a_block_of_the_choice(llada: Server) -> None:
     """Nine canvases have more rows than two blocks of 2 MB hold: one of the blocks has no row of the request that samples."""
-    long = {
-        "max_tokens": 490,
-        "extras": {"diffusion_steps": 16},
-        "extra": {"return_token_ids": True, "ignore_eos": True},
-    }
-    mixed = [{"prompt": "Reverse", "temperature": 1.0, "seed": 7}, *({"prompt": text} for text in "abcdefgh")]
+    long = {"max_tokens": 490, "extra": {"return_token_ids": True, "ignore_eos": True}}
+    sampled = long | {"temperature": 1.0, "seed": 7, "extras": {"diffusion_steps": 96}}
+    greedy, prompts = long | {"extras": {"diffusion_steps": 8}}, list("abcdefgh")
 
-    def answer(request: dict[str, Any]) -> list[int]:
-        return complete(llada, **(long | request)).choices[0].token_ids
+    def answers(request: dict[str, Any]) -> list[list[int]]:
+        return [choice.token_ids for choice in complete(llada, **request).choices]
 
-    alone = [answer(request) for request in mixed]
-    with ThreadPoolExecutor(len(mixed)) as threads:
-        together = [*threads.map(answer, mixed)]
-    assert [len(ids) for ids in together] == [490] * len(mixed)
-    assert together == alone
+    alone = answers(sampled), [answers(greedy | {"prompt": prompt})[0] for prompt in prompts]
+    with ThreadPoolExecutor(1) as thread:
+        first = thread.submit(answers, sampled)
+        while running_requests(llada) == 0:
+            assert not first.done()
+            time.sleep(0.01)
+        beside = answers(greedy | {"prompt": prompts})
+        assert not first.done(), "they were not served together"
+        assert (first.result(), beside) == alone
+    assert {len(ids) for ids in (*alone[0], *beside)} == {490}
     assert complete(llada).choices

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import nn
-from vllm.config import LoRAConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
@@ -15,8 +15,8 @@ from dllm_plugin.settings import settings_of
 from dllm_plugin.worker.batch import StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
 
-# vLLM's LoRA kernels for CPU look a token without adapter up under index -1, which is the last adapter (0.32, 0.33:
-# lora/ops/torch_ops/lora_ops.py). There such tokens get an adapter of zeros, in a slot of its own.
+# vLLM 0.32's LoRA kernels for CPU look a token without adapter up under index -1, which is the last adapter
+# (lora/ops/torch_ops/lora_ops.py). There such tokens get an adapter of zeros, in a slot of its own.
 NO_ADAPTER = LoRARequest("dllm_plugin_no_adapter", 2**31 - 1, "/no/adapter")
 
 
@@ -24,7 +24,6 @@ class AdapterMixin(LoRAModelRunnerMixin):
     """What a model runner needs to serve several adapters, and none, in one batch."""
 
     state: CanvasStore
-    lora_config: LoRAConfig | None
 
     def load_lora_model(self, model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
         config, lora = copy.copy(vllm_config), vllm_config.lora_config
