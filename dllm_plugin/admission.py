@@ -83,7 +83,7 @@ class DiffusionAdmission(LogitsProcessor, V2LogitsProcessor, metaclass=_Admissio
     def update_state(self, batch_update: Any) -> None:
         raise NotImplementedError
 
-    def apply(self, logits: Any, *args: Any) -> Any:
+    def apply(self, logits: Any, *context: Any) -> Any:
         raise NotImplementedError
 
 

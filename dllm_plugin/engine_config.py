@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.config import ModelConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -13,7 +14,6 @@ from dllm_plugin.plugin import TOKENIZER_MODE
 from dllm_plugin.settings import EngineSettings, model_config_of
 
 if TYPE_CHECKING:
-    import torch
     from vllm.config import VllmConfig
 
 logger = init_logger("vllm." + __name__)
@@ -38,8 +38,7 @@ class DiffusionModelConfig(ModelConfig):
     """vLLM's model config with what we have resolved. Prefix caching is on by itself only where prefixes stand alone."""
 
     diffusion: EngineSettings
-    if TYPE_CHECKING:
-        dtype: torch.dtype  # vLLM has resolved what the user wrote
+    dtype: torch.dtype  # vLLM has resolved what the user wrote
 
     @property
     def is_prefix_caching_supported(self) -> bool:

@@ -198,7 +198,16 @@ def inherited(cls: type) -> dict[str, list[str]]:
 
 def own_members(cls: type) -> set[str]:
     """Names that a class has from classes of ours, itself among them."""
-    return {name for one, node in classes().values() if issubclass(cls, one) for name in members(node)}
+    return {name for one, node in classes().values() if issubclass(cls, one) for name in provided(node)}
+
+
+def provided(scope: ast.ClassDef) -> dict[str, ast.AST]:
+    """Its members without those it only says the type of."""
+    return {
+        name: node
+        for name, node in members(scope).items()
+        if not (isinstance(node, ast.AnnAssign) and node.value is None)
+    }
 
 
 # ---- what the code has
@@ -208,8 +217,8 @@ def overrides() -> Pairs:
     found = set()
     for name, (cls, node) in classes().items():
         theirs = inherited(cls)
-        for member in members(node):
-            if not isinstance(members(node)[member], ast.Attribute):  # what methods assign is found by `assignments`
+        for member, definition in provided(node).items():
+            if not isinstance(definition, ast.Attribute):  # what methods assign is found by `assignments`
                 found |= {(f"{name}.{member}", there) for there in theirs.get(member, ())}
     return found
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import LoRAConfig, VllmConfig
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
@@ -24,6 +24,7 @@ class AdapterMixin(LoRAModelRunnerMixin):
     """What a model runner needs to serve several adapters, and none, in one batch."""
 
     state: CanvasStore
+    lora_config: LoRAConfig | None
 
     def load_lora_model(self, model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
         config, lora = copy.copy(vllm_config), vllm_config.lora_config
