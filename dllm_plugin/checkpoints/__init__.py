@@ -1,6 +1,6 @@
 """Tiny trained checkpoints that ship with the package, in the Hugging Face formats of the real models.
 
-`examples/train_tiny.py` and `examples/train_tiny_d2f.py` made them; `tasks` holds the questions that they answer.
+`tools/train_tiny.py` and `tools/train_tiny_d2f.py` made them; `tasks` holds the questions that they answer.
 """
 
 from pathlib import Path

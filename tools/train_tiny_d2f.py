@@ -1,8 +1,8 @@
 """Trains tiny-d2f, a Dream-format checkpoint for discrete diffusion forcing, as its training does it.
 
-    python examples/train_tiny_d2f.py --init FOLDER_OF_TINY_DREAM --out /tmp/tiny-d2f
+    python tools/train_tiny_d2f.py --init FOLDER_OF_TINY_DREAM --out /tmp/tiny-d2f
 
-It goes on from tiny-dream, whose format, tokenizer and questions it keeps (examples/train_tiny.py). What differs is what
+It goes on from tiny-dream, whose format, tokenizer and questions it keeps (tools/train_tiny.py). What differs is what
 the model sees and what it learns from: attention is block-causal after the prompt, and a block is masked at least as
 much as the one before it, so that the model completes a block while the blocks before it are still open. The weights are
 complete: there is no adapter to merge.

@@ -1,7 +1,7 @@
 """Trains the two tiny checkpoints tiny-llada and tiny-dream from nothing.
 
-    python examples/train_tiny.py --model tiny-llada --out /tmp/tiny-llada
-    python examples/train_tiny.py --model tiny-dream --out /tmp/tiny-dream
+    python tools/train_tiny.py --model tiny-llada --out /tmp/tiny-llada
+    python tools/train_tiny.py --model tiny-dream --out /tmp/tiny-dream
 
 The output folder has the exact format of the real model's Hugging Face repository (without its Python files): the same
 config keys, tensor names, special tokens, chat template and tokenizer files, so whatever serves it serves the real one.
