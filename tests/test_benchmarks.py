@@ -44,18 +44,15 @@ def test_strategies(tmp_path: Path):
 
 
 def test_fairness():
-    """One checkout is its own baseline here, so that both servers run and every batch is asked twice."""
-    result = last_line("fairness.py", "--quick", "--baseline", str(BENCHMARKS.parent))
+    result = last_line("fairness.py", "--quick")
     (row,) = result["beside"]
     assert row["answered"] == row["of"] == 3 and row["steps"] == 8
     assert row["heavy limit"] == pytest.approx(3 * row["alone"] + 8 * row["heavy step"])
     assert row["in heavy limit"] == (row["median"] <= row["heavy limit"])
     assert result["clients"]["timed out"] == 0 and result["clients"]["p99 / median"] >= 1
     assert [batch["batch"] for batch in result["throughput"]] == ["equal", "mixed"]
-    for batch in result["throughput"]:
-        this, baseline = batch["this tokens/s"], batch["baseline tokens/s"]
-        assert this > 0 and batch["over baseline"] == pytest.approx(this / baseline)
-    assert result["compared_answers"] > 30 and result["changed_answers"] == 0
+    assert all(batch["this tokens/s"] > 0 for batch in result["throughput"])
+    assert result["compared_answers"] > 20 and result["changed_answers"] == 0
 
 
 def test_the_documented_table_is_the_recorded_one():

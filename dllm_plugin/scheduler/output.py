@@ -12,8 +12,8 @@ from dllm_plugin.scheduler.window import Window
 
 
 @dataclass(frozen=True, slots=True)
-class Canvas:
-    """A canvas to lay out after ``token_ids``, and how it is to be decoded.
+class NewCanvas:
+    """The message that begins a canvas: what to lay out after ``token_ids``, and how it is to be decoded.
 
     ``token_ids``: prompt and everything final before this canvas. ``canvas_ids``: -1 for a mask, otherwise a pinned
     token. ``suffix_ids``: what stands behind. ``num_emitted``: tokens of this canvas that were emitted before a
@@ -37,14 +37,14 @@ class Canvas:
 
 @dataclass
 class DiffusionSchedulerOutput(SchedulerOutput):
-    """Denoising steps to run one after the other, and the canvases that begin with them.
+    """Denoising steps to run one after the other, and the canvases that begin before them.
 
     ``steps``: the window of every scheduled request, by step. Windows of later steps cover the same positions, and know how
     many are masked where that follows from quotas. When a token ends a request or a block is filled, the steps that have
     not begun are left out.
     """
 
-    canvases: dict[str, Canvas] = field(default_factory=dict)
+    new_canvases: dict[str, NewCanvas] = field(default_factory=dict)
     steps: list[dict[str, Window]] = field(default_factory=list)
 
 

@@ -24,7 +24,7 @@ from vllm.v1.request import Request, RequestStatus
 from dllm_plugin.compat import end_with_error
 from dllm_plugin.kernels import philox
 from dllm_plugin.params import HOLE, DiffusionParams, parse_request
-from dllm_plugin.scheduler.output import Canvas, DiffusionModelRunnerOutput, DiffusionSchedulerOutput
+from dllm_plugin.scheduler.output import DiffusionModelRunnerOutput, DiffusionSchedulerOutput, NewCanvas
 from dllm_plugin.scheduler.strategies import make_plan
 from dllm_plugin.scheduler.turns import Turns
 from dllm_plugin.scheduler.window import Plan, Window
@@ -104,14 +104,14 @@ class DiffusionScheduler(Scheduler):
             plan = self.denoising[req_id].plan
             if plan.canvas_is_full:
                 plan.start_canvas()
-                canvases[req_id] = self._canvas(self.requests[req_id])
+                canvases[req_id] = self._new_canvas(self.requests[req_id])
             elif req_id in begun:
                 plan.restart_canvas()
-                canvases[req_id] = self._canvas(self.requests[req_id])
+                canvases[req_id] = self._new_canvas(self.requests[req_id])
         windows = {req_id: self._window(req_id) for req_id in self._take_turns(output)}
         steps = self._look_ahead(windows)
         self._scheduled_at = time.monotonic()
-        return DiffusionSchedulerOutput(**vars(output), canvases=canvases, steps=steps)
+        return DiffusionSchedulerOutput(**vars(output), new_canvases=canvases, steps=steps)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -262,11 +262,11 @@ class DiffusionScheduler(Scheduler):
         kwargs["num_lookahead_tokens"] = max(0, plan.next_length - known)
         return self._allocate_slots(request, num_new_tokens, num_new_computed_tokens, *args, **kwargs)
 
-    def _canvas(self, request: Request) -> Canvas:
+    def _new_canvas(self, request: Request) -> NewCanvas:
         denoising, sampling = self.denoising[request.request_id], sampling_of(request)
         plan = denoising.plan
         eos_token_id = -1 if sampling.eos_token_id is None else sampling.eos_token_id
-        return Canvas(
+        return NewCanvas(
             token_ids=request.all_token_ids[: plan.canvas_start],
             canvas_ids=list(plan.params.template) or [HOLE] * plan.canvas_length,
             suffix_ids=denoising.suffix_ids,

@@ -12,7 +12,7 @@ from dllm_plugin.attention import WindowBatch
 from dllm_plugin.kernels.unmask import Segments
 from dllm_plugin.kernels.window_attention import PagedWindows, Windows
 from dllm_plugin.policies import POLICIES
-from dllm_plugin.scheduler.output import Canvas
+from dllm_plugin.scheduler.output import NewCanvas
 from dllm_plugin.scheduler.window import Window
 from dllm_plugin.worker.canvas import CanvasStore, Request
 from dllm_plugin.worker.ranking import DRAWN
@@ -34,7 +34,7 @@ class Needs:
     pipelined: bool
 
     @classmethod
-    def of(cls, canvases: list[Canvas], windows: list[Window]) -> "Needs":
+    def of(cls, canvases: list[NewCanvas], windows: list[Window]) -> "Needs":
         return cls(
             rankings=tuple({POLICIES[canvas.params.remasking].ranking: None for canvas in canvases}),
             sampling=any(canvas.temperature > 0 for canvas in canvases),

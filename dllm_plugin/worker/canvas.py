@@ -6,7 +6,7 @@ import torch
 
 from dllm_plugin.params import HOLE
 from dllm_plugin.policies import POLICIES, RANKINGS
-from dllm_plugin.scheduler.output import Canvas
+from dllm_plugin.scheduler.output import NewCanvas
 
 _MIN_SLOTS, _MIN_LENGTH = 16, 256
 
@@ -16,7 +16,7 @@ class Request:
     """The host's part of a request's state. ``serial`` differs for every canvas that was ever laid out."""
 
     slot: int
-    canvas: Canvas
+    canvas: NewCanvas
     canvas_end: int
     emitted: int  # every position below it is settled, and the user has its token
     has_pinned: bool
@@ -59,7 +59,7 @@ class CanvasStore:
         self.alg_temp = torch.empty(0, dtype=torch.float32, device=device)
         self._grow(_MIN_SLOTS, _MIN_LENGTH)
 
-    def begin(self, request_id: str, canvas: Canvas) -> None:
+    def begin(self, request_id: str, canvas: NewCanvas) -> None:
         """Lay out a canvas after the request's final tokens, in its slot or a free one."""
         if request_id in self.requests:
             slot = self.requests[request_id].slot
@@ -93,7 +93,7 @@ class CanvasStore:
         if (request := self.requests.pop(request_id, None)) is not None:
             self._free.append(request.slot)
 
-    def _set_decoding(self, slot: int, canvas: Canvas) -> None:
+    def _set_decoding(self, slot: int, canvas: NewCanvas) -> None:
         params = canvas.params
         # zhijie-group/Discrete-Diffusion-Forcing:D2F-eval ranks with Dream's sampler on both families
         policy = POLICIES["maskgit_plus" if params.strategy == "d2f" else params.remasking]

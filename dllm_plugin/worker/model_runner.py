@@ -128,7 +128,7 @@ class DiffusionModelRunner(AdapterMixin):
                 pages[request_id] = []
             if block_ids is not None:
                 pages[request_id] += block_ids[0]
-        for request_id, canvas in scheduler_output.canvases.items():
+        for request_id, canvas in scheduler_output.new_canvases.items():
             self.state.begin(request_id, canvas)
 
     def forward(self, batch: StepBatch) -> torch.Tensor:
