@@ -1,12 +1,13 @@
 """Every rule of the parameters: what is taken, what is refused and in which words. Pure: no engine, no vLLM."""
 
+import itertools
 import math
 import re
 from dataclasses import fields
 from functools import partial
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm_plugin import params
@@ -154,6 +155,34 @@ CONFLICTING = {  # a value of each parameter that some conflict is about
 }  # fmt: skip
 
 
+EXCLUSIVE = {  # written out again
+    "strategy": {"threshold", "factor", "alg_temp", "cfg_scale", "cache", "suffix", "template", "remasking"},
+    "threshold": {"factor", "alg_temp", "remasking"},
+    "factor": {"alg_temp", "remasking"},
+    "cfg_scale": {"cache"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("first, second", itertools.combinations(CONFLICTING, 2))
+def test_which_two_exclude_each_other(first, second):
+    both = {PREFIX + name: CONFLICTING[name] for name in (first, second)}
+    if second in EXCLUSIVE.get(first, ()):
+        with pytest.raises(ValueError, match="exclude each other"):
+            check_request(both, 16)
+    else:
+        check_request(both, 16)
+
+
+def test_a_template_is_the_canvas():
+    template = {"diffusion_template": [-1, 7, -1]}
+    check_request(template | {"diffusion_canvas_length": 3}, 16)
+    with pytest.raises(ValueError, match=r"diffusion_template=.* and diffusion_canvas_length=4 exclude each other"):
+        check_request(template | {"diffusion_canvas_length": 4}, 16)
+    # defaults give way, whichever of the two they are
+    assert parse_request(template, DiffusionParams(canvas_length=4)).template == (-1, 7, -1)
+    assert parse_request({"diffusion_canvas_length": 4}, DiffusionParams(template=(-1, 7, -1))).canvas_length == 4
+
+
 @pytest.mark.parametrize("conflict", CONFLICTS, ids=lambda one: f"{one.first}-{one.second}")
 def test_of_two_that_exclude_each_other_the_default_gives_way(conflict):
     first, second = ({name: CONFLICTING[name]} for name in (conflict.first, conflict.second))
@@ -170,6 +199,7 @@ def test_of_two_that_exclude_each_other_the_default_gives_way(conflict):
         assert not any(one.holds({each: getattr(resolved, each) for each in RULES}) for one in CONFLICTS)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from(sorted(CONFLICTING)), max_size=4),
     st.lists(st.sampled_from(sorted(CONFLICTING)), max_size=4),
@@ -287,7 +317,7 @@ def test_steps_that_reach_every_block(extras, max_tokens):
 def test_a_canvas_that_only_the_prompt_ends():
     """125 blocks of 1,000 positions, but no sequence is that long: the plan raises steps that are too few."""
     extras = {"diffusion_steps": 64, "diffusion_block_length": 8}
-    for max_tokens in (1000, None):
+    for max_tokens in (512, 1000, None):  # 512 are too many as well: a prompt has a token
         params.check_request(extras, max_tokens, vocab_size=VOCABULARY, max_model_len=512)
 
 

@@ -263,8 +263,8 @@ def imports() -> Pairs:
     nodes = [node for file in FILES for node in ast.walk(tree_of(str(file.relative_to(ROOT))))]
     whole = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     assert not [name for name in whole if name.split(".")[0] == "vllm"], "import names of vLLM, not modules"
-    froms = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "vllm"]
-    return {(node.module, alias.name) for node in froms for alias in node.names}
+    imported = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "vllm"]
+    return {(node.module, alias.name) for node in imported for alias in node.names}
 
 
 def registries() -> Pairs:

@@ -173,6 +173,15 @@ def test_who_is_served(budget, requests, expected):
     assert ["".join(step.served) for step in simulate(budget, simulated)][: len(expected)] == expected
 
 
+@pytest.mark.parametrize("window", [4, 5])
+def test_nobody_is_owed_a_step_after_one_that_serves_all(window):
+    """The queue begins anew, also where the windows fill the budget to the last token."""
+    turns = Turns(10)
+    assert turns.take({"a": 6, "b": 6}) == ["a"]
+    assert turns.take({"a": window, "b": window}) == ["a", "b"]
+    assert turns.take({"a": 6, "b": 6}) == ["a"]
+
+
 def test_a_stream_of_newcomers_starves_nobody():
     requests = [Simulated("heavy", [10] * 20)] + [Simulated(f"new{i}", [2], arrives=i) for i in range(200)]
     steps = simulate(10, requests)

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm_plugin.kernels import philox
@@ -52,6 +52,7 @@ def test_split_blocks(canvas, block, steps, lengths, shares):
     assert split_blocks(canvas, block, steps) == (lengths, shares)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.none() | st.integers(1, 400), st.none() | st.integers(1, 400))
 def test_blocks_fill_the_canvas_and_share_the_steps(canvas, block, steps):
     lengths, shares = split_blocks(canvas, block, steps)
@@ -242,6 +243,7 @@ REQUESTS = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(REQUESTS, st.integers(1, 30), st.integers(1, 90))
 def test_every_position_is_unmasked_once(params, prompt, tokens):
     """Quotas of a block add up to its length, blocks follow one another, and no step is spent beyond the asked."""
@@ -268,6 +270,7 @@ def test_every_position_is_unmasked_once(params, prompt, tokens):
     assert unmasked == tokens and plan.is_over
 
 
+@settings(deadline=None)
 @given(REQUESTS, st.integers(1, 30), st.integers(1, 90), st.integers(0, 20))
 def test_a_restarted_canvas_has_the_same_windows(params, prompt, tokens, progress):
     undisturbed, plan = plan_of(prompt, tokens, **params), plan_of(prompt, tokens, **params)

@@ -169,13 +169,15 @@ def test_dreams_schedule_passes_over_what_asks_for_nothing_and_takes_the_rest_at
     assert [start for start, *_ in rows] == ([0] * 5 if cache == "none" else [0] + [10] * 4)
 
 
-def test_a_refresh_that_is_passed_over_comes_with_the_next_pass():
-    """Of 24 steps ten unmask something; one of them refreshes where there is a third step since the pass before."""
-    plan = plan_of(tokens=10, remasking="entropy", cache="dual", cache_refresh=3, steps=24)
+@pytest.mark.parametrize("refresh", [3, 4, 7])
+def test_a_refresh_that_is_passed_over_comes_with_the_next_pass(refresh):
+    """The first pass is in step 15 of 24, which 3 divides and the others do not: they were due in steps passed over."""
+    plan = plan_of(tokens=10, remasking="entropy", cache="dual", cache_refresh=refresh, steps=24)
+    assert plan.window.step == 15
     before, refreshed, due = -1, [], []
     while not plan.canvas_is_full:
         step = plan.window.step
-        due.append(any(between % 3 == 0 for between in range(before + 1, step + 1)))
+        due.append(any(between % refresh == 0 for between in range(before + 1, step + 1)))
         refreshed.append(plan.window.start == 0)
         before = step
         plan.advance([block.num_masked - block.quota for block in plan.window.blocks])
