@@ -1,6 +1,7 @@
 """The bundled checkpoints answer the held-out questions, through the engine and the chat template."""
 
 import pytest
+from support.engines import engine
 from vllm import SamplingParams
 
 from dllm_plugin.checkpoints.tasks import questions
@@ -17,7 +18,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_held_out_questions_are_answered(engine, setting):
+def test_held_out_questions_are_answered(setting):
     checkpoint, extras, least_right, least_tpf = SETTINGS[setting]
     asked = questions("held_out", 200, seed=0)
     params = SamplingParams(

@@ -12,22 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import (
-    Case,
-    core,
-    difference,
-    drive,
-    edit_config,
-    engine,
-    folder,
-    model_runner,
-    new_engine,
-    num_forwards,
-    random_prompt,
-    scheduler,
-    write_checkpoint,
-)
 from safetensors.torch import load_file, save_file
+from support.cases import PolicyCase, difference, random_prompt
+from support.checkpoints import edit_config, folder, write_checkpoint
+from support.engines import core, drive, engine, model_runner, new_engine, num_forwards, scheduler
 from transformers import AutoConfig
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
@@ -61,7 +49,7 @@ def chain(error):
 
 def serves(llm, checkpoint="llada"):
     """The engine still gives the reference's answer, and holds nothing back."""
-    case = Case(checkpoint, "low_confidence", 6, prompt=5)
+    case = PolicyCase(checkpoint, "low_confidence", 6, prompt=5)
     output = llm.generate([{"prompt_token_ids": case.prompt_ids}], case.sampling_params, use_tqdm=False)[0]
     assert not difference(case, output)
     assert not scheduler(llm).requests and not scheduler(llm).denoising
@@ -203,7 +191,7 @@ def test_values_beyond_what_the_device_holds_are_refused(extras):
 )
 def test_extreme_values_do_no_harm(extras):
     """The request ends with tokens of the vocabulary; others are served as ever."""
-    llm, case = engine_with("llada"), Case("llada", "entropy", 8, prompt=6)
+    llm, case = engine_with("llada"), PolicyCase("llada", "entropy", 8, prompt=6)
     params = SamplingParams(temperature=0.7, seed=1, max_tokens=8, ignore_eos=True, detokenize=False, extra_args=extras)
     outputs, _ = drive(llm, [(PROMPT, params), case.request])
     tokens = outputs[0].outputs[0].token_ids
@@ -220,7 +208,7 @@ def test_a_session_of_streamed_prompts_ends_with_an_error():
     )
     for request in (session, *rest):
         core(llm).add_request(request)
-    case = Case("llada", "low_confidence", 6, prompt=5)
+    case = PolicyCase("llada", "low_confidence", 6, prompt=5)
     outputs, _ = drive(llm, [case.request])
     assert not difference(case, outputs[0])
     assert session.status == RequestStatus.FINISHED_ERROR
@@ -249,7 +237,7 @@ def test_whatever_a_tokenizer_raises_ends_its_request_alone(monkeypatch):
 
     monkeypatch.setattr(scheduler(llm), "_suffix_ids", lambda params: fail(params) if params.suffix else [])
     params = SamplingParams(max_tokens=4, detokenize=False, extra_args={"diffusion_suffix": [5]})
-    case = Case("llada", "low_confidence", 6, prompt=5)
+    case = PolicyCase("llada", "low_confidence", 6, prompt=5)
     outputs, _ = drive(llm, [(PROMPT, params), case.request])
     assert outputs[0].outputs[0].finish_reason == "error"
     assert not difference(case, outputs[1])
@@ -266,7 +254,7 @@ def test_a_request_without_room_is_never_answered(kind, tokens):
         temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, output_kind=kind,
         extra_args={"diffusion_suffix": [5] * 100},
     )  # fmt: skip
-    case = Case("llada", "low_confidence", 6, prompt=5)
+    case = PolicyCase("llada", "low_confidence", 6, prompt=5)
     drive(llm, [case.request])
     length = llm.model_config.max_model_len - 50
     outputs, _ = drive(llm, [(random_prompt(length, "long"), params), case.request])
@@ -317,7 +305,7 @@ def test_engine_wide_defaults_are_used():
         temperature=0.0, max_tokens=16, ignore_eos=True, detokenize=False, extra_args={"diffusion_steps": 12}
     )
     outputs, _ = drive(llm, [(PROMPT, plain), (PROMPT, own)])
-    cases = [Case("llada", "entropy", 16, steps=steps, prompt=tuple(PROMPT), canvas=12) for steps in (4, 12)]
+    cases = [PolicyCase("llada", "entropy", 16, steps=steps, prompt=tuple(PROMPT), canvas=12) for steps in (4, 12)]
     assert [difference(case, output) for case, output in zip(cases, outputs, strict=True)] == ["", ""]
     assert [num_forwards(output) for output in outputs] == [6, 14]
 
@@ -326,7 +314,7 @@ def test_engine_wide_defaults_are_used():
 def test_defaults_of_the_families(checkpoint, policy):
     """A request that says nothing is decoded greedily, as the family's reference does by default."""
     llm = engine(checkpoint)
-    case = Case(checkpoint, policy, 10, prompt=tuple(PROMPT))
+    case = PolicyCase(checkpoint, policy, 10, prompt=tuple(PROMPT))
     params = llm.get_default_sampling_params()
     params.max_tokens, params.ignore_eos, params.detokenize, params.seed = 10, True, False, case.seed
     assert params.temperature == 0.0
@@ -504,7 +492,7 @@ def test_prefix_caching_and_chunked_prefill_are_off(settings):
     vllm_config = llm.llm_engine.vllm_config
     assert not vllm_config.cache_config.enable_prefix_caching
     assert not vllm_config.scheduler_config.enable_chunked_prefill
-    case = Case("llada", "low_confidence", 6, prompt=300)
+    case = PolicyCase("llada", "low_confidence", 6, prompt=300)
     for _ in range(2):
         assert not difference(case, drive(llm, [case.request])[0][0])
 

@@ -10,7 +10,9 @@ import pytest
 import test_parity
 import test_strategies
 import torch
-from helpers import EOS, difference, drive, engine, model_runner, random_prompt
+from support.cases import difference, random_prompt
+from support.checkpoints import EOS
+from support.engines import drive, engine, model_runner
 from test_parity import FAMILIES
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind

@@ -3,18 +3,9 @@
 import math
 
 import pytest
-from helpers import (
-    POLICIES,
-    Case,
-    counted_launches,
-    difference,
-    drive,
-    engine,
-    model_runner,
-    num_forwards,
-    scheduler,
-)
-from steps import Steps, case, check, leave_engines_empty, nothing_is_left  # noqa: F401
+from support.cases import POLICIES, PolicyCase, difference
+from support.engines import counted_launches, drive, engine, model_runner, num_forwards, scheduler
+from support.steps import Steps, case, check, leave_engines_empty, nothing_is_left  # noqa: F401
 from vllm import SamplingParams
 from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind
 
@@ -26,7 +17,7 @@ def narrow():
     return engine("llada", max_model_len=64, max_num_batched_tokens=64)
 
 
-def unwatched(one: Case) -> tuple[list[int], SamplingParams]:
+def unwatched(one: PolicyCase) -> tuple[list[int], SamplingParams]:
     prompt, params = one.request
     params.output_kind = RequestOutputKind.FINAL_ONLY
     return prompt, params
@@ -153,7 +144,7 @@ def test_an_end_cuts_the_steps_that_were_looked_ahead(checkpoint, unread, monkey
     runner = model_runner(llm)
     monkeypatch.setattr(runner, "overlaps", bool(unread))
     cases = [
-        Case(checkpoint, policy, 24, block, None, prompt, eos=True)
+        PolicyCase(checkpoint, policy, 24, block, None, prompt, eos=True)
         for policy in POLICIES
         for block, prompt in ((None, 9), (12, 1), (None, 5), (8, 5))
     ]
@@ -170,7 +161,7 @@ def test_an_end_cuts_the_steps_that_were_looked_ahead(checkpoint, unread, monkey
 def test_requests_of_all_kinds_look_ahead_together(wide):
     """Some end, and the others go on from where they were."""
     cases = [
-        Case("llada", policy, 24, block, None, prompt, eos=True)
+        PolicyCase("llada", policy, 24, block, None, prompt, eos=True)
         for policy in POLICIES
         for block, prompt in ((None, 9), (8, 5))
     ]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from reference import checkpoints, d2f, fast_dllm, llada, model
 from safetensors.torch import load_file, save_file
+from support.engines import engine
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
@@ -56,7 +57,7 @@ def write_adapter(family: str, base: Path, folder: Path, seed: int) -> Path:
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
-def test_adapters_equal_merged_weights(engine, tmp_path_factory, family):
+def test_adapters_equal_merged_weights(tmp_path_factory, family):
     root = tmp_path_factory.mktemp(family)
     base = checkpoints.WRITERS[family](root / "base", seed=3)
     models = [model.load(base)] + [
@@ -112,7 +113,7 @@ def adapted(tmp_path_factory):
     return base, [model.load(folder) for folder in (base, *merged)], requests
 
 
-def test_guidance_beside_adapters(engine, adapted):
+def test_guidance_beside_adapters(adapted):
     """Guidance forwards twice the tokens and windows that vLLM's LoRA layers count on."""
     base, models, requests = adapted
     llm = engine(
@@ -130,7 +131,7 @@ def test_guidance_beside_adapters(engine, adapted):
             assert list(output.outputs[0].token_ids) == expected
 
 
-def test_whom_vllm_lets_pass_counts_against_the_budget(engine, adapted, monkeypatch):
+def test_whom_vllm_lets_pass_counts_against_the_budget(adapted, monkeypatch):
     """With room for one adapter, a request with another waits and vLLM admits who is behind it."""
     base, models, requests = adapted
     llm = engine(
@@ -157,7 +158,7 @@ def test_whom_vllm_lets_pass_counts_against_the_budget(engine, adapted, monkeypa
     assert 84 <= max(forwarded) <= 128
 
 
-def test_the_lowest_rank(engine, adapted):
+def test_the_lowest_rank(adapted):
     base, models, _ = adapted
     llm = engine(base, skip_tokenizer_init=True, enable_lora=True, max_loras=1, max_lora_rank=1)
     output = llm.generate([{"prompt_token_ids": [11, 12]}], greedy(6), use_tqdm=False)[0]

@@ -8,22 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (
-    Case,
-    difference,
-    drive,
-    edit_config,
-    engine,
-    folder,
-    model_runner,
-    new_engine,
-    random_prompt,
-    reference,
-    write_checkpoint,
-)
 from reference import llada
 from reference.model import load
 from safetensors.torch import load_file, save_file
+from support.cases import PolicyCase, difference, random_prompt
+from support.checkpoints import edit_config, folder, reference, write_checkpoint
+from support.engines import drive, engine, model_runner, new_engine
 from vllm import SamplingParams
 
 from dllm_plugin.families import ARCHITECTURES
@@ -240,7 +230,7 @@ def test_weights_are_reloaded_from_another_folder(family):
     llm = new_engine(folder(family))
     for checkpoint in (family, f"{family}-loud", family):
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder(checkpoint))})
-        case = Case(checkpoint, "entropy", 6, prompt=7)
+        case = PolicyCase(checkpoint, "entropy", 6, prompt=7)
         assert not difference(case, drive(llm, [case.request])[0][0])
     KEPT.append(llm)
 
@@ -290,7 +280,7 @@ def test_architecture_names(architecture):
     assert llm.model_config.architecture == architecture
     assert type(model_runner(llm).model).__name__ == ARCHITECTURES[architecture].adapter.rpartition(":")[2]
     # the weights are those of the checkpoint of this family
-    case = Case(family, "low_confidence", 6, prompt=5)
+    case = PolicyCase(family, "low_confidence", 6, prompt=5)
     assert not difference(case, drive(llm, [case.request])[0][0])
 
 
@@ -299,7 +289,7 @@ def test_trust_remote_code_is_harmless(family):
     """The config's auto_map names files that are not there; nothing asks for them."""
     llm = new_engine(folder(family), trust_remote_code=True)
     KEPT.append(llm)
-    case = Case(family, "entropy", 6, prompt=5)
+    case = PolicyCase(family, "entropy", 6, prompt=5)
     assert not difference(case, drive(llm, [case.request])[0][0])
     assert type(llm.model_config.hf_config).__module__ == "dllm_plugin.models.configs"
 

@@ -15,12 +15,14 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from helpers import VOCABULARY, Case, difference, engine, expected, folder, new_engine, scheduler
+from support.cases import PolicyCase, difference, expected
+from support.checkpoints import VOCABULARY, folder
+from support.engines import engine, new_engine, scheduler
 from vllm import LLM, PoolingParams, SamplingParams
 from vllm.sampling_params import BeamSearchParams
 
 PROMPT = {"prompt_token_ids": [11, 12, 13]}
-AS_EVER = Case("llada", "low_confidence", 6, prompt=5)
+AS_EVER = PolicyCase("llada", "low_confidence", 6, prompt=5)
 SHORT = {"max_tokens": 4, "extra_args": {"diffusion_max_steps": 3}}
 
 

@@ -10,26 +10,9 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import (
-    DREAM_POLICIES,
-    EOS,
-    LLADA_POLICIES,
-    MASK,
-    POLICIES,
-    RANDOM_WEIGHTS,
-    VOCABULARY,
-    Case,
-    difference,
-    drive,
-    engine,
-    expected,
-    folder,
-    model_runner,
-    num_forwards,
-    random_prompt,
-    reference,
-    scheduler,
-)
+from support.cases import DREAM_POLICIES, LLADA_POLICIES, POLICIES, PolicyCase, difference, expected, random_prompt
+from support.checkpoints import EOS, MASK, RANDOM_WEIGHTS, VOCABULARY, folder, reference
+from support.engines import drive, engine, model_runner, num_forwards, scheduler
 from vllm.outputs import RequestOutput
 
 from dllm_plugin.checkpoints import tasks
@@ -49,14 +32,14 @@ SHAPES = (
     (9, 40, 1, 2),  # block longer than the canvas, one step
 )
 SHAPE_CASES = [
-    Case(family, policy, tokens, block, steps, prompt)
+    PolicyCase(family, policy, tokens, block, steps, prompt)
     for family in FAMILIES
     for policy in POLICIES
     for tokens, block, steps, prompt in SHAPES
 ]
 
 CANVAS_CASES = [
-    Case(family, policy, tokens, block, steps, prompt, canvas)
+    PolicyCase(family, policy, tokens, block, steps, prompt, canvas)
     for family in FAMILIES
     for policy, (tokens, block, steps, prompt, canvas) in (
         ("low_confidence", (24, None, 8, 5, 8)),  # three canvases
@@ -72,14 +55,14 @@ CANVAS_CASES = [
 ]
 
 EPS_CASES = [
-    Case(family, policy, 24, None, 7, 6, eps=eps)
+    PolicyCase(family, policy, 24, None, 7, 6, eps=eps)
     for family in FAMILIES
     for policy in DREAM_POLICIES
     for eps in (0.0, 0.3)
 ]
 
 GUIDED_CASES = [
-    Case(family, policy, tokens, block, steps, prompt, canvas, cfg=cfg)
+    PolicyCase(family, policy, tokens, block, steps, prompt, canvas, cfg=cfg)
     for family in FAMILIES
     for policy, (tokens, block, steps, prompt, canvas), cfg in (
         ("low_confidence", (16, 8, 8, 9, None), 0.5),
@@ -95,10 +78,10 @@ GUIDED_CASES = [
 
 # The mask, EOS and the end of turn are loud in these checkpoints.
 LOUD = ("llada-loud", "dream-loud")
-LOUD_CASES = [Case(checkpoint, policy, 16, 8, prompt=7) for checkpoint in LOUD for policy in POLICIES]
+LOUD_CASES = [PolicyCase(checkpoint, policy, 16, 8, prompt=7) for checkpoint in LOUD for policy in POLICIES]
 MASK_PROMPT = (MASK, 17, MASK, MASK, 201, 44, MASK)
 MASK_PROMPT_CASES = [
-    Case(checkpoint, policy, 12, block, prompt=MASK_PROMPT, cfg=cfg)
+    PolicyCase(checkpoint, policy, 12, block, prompt=MASK_PROMPT, cfg=cfg)
     for checkpoint in (*FAMILIES, *LOUD)
     for policy, block, cfg in (
         ("low_confidence", 4, 0),
@@ -108,7 +91,7 @@ MASK_PROMPT_CASES = [
     )
 ]
 SUPPRESSION_CASES = [
-    Case(checkpoint, policy, 16, block, steps, prompt, suppression=suppression)
+    PolicyCase(checkpoint, policy, 16, block, steps, prompt, suppression=suppression)
     for checkpoint in LOUD
     for policy, suppression in (
         *((policy, "logits") for policy in POLICIES),
@@ -117,7 +100,7 @@ SUPPRESSION_CASES = [
     for block, steps, prompt in ((None, 8, 9), (8, 16, 4), (None, 16, 30), (6, None, 14))
 ]
 EOS_CASES = [
-    Case(checkpoint, policy, tokens, block, None, prompt, canvas, eos=True, suppression=suppression)
+    PolicyCase(checkpoint, policy, tokens, block, None, prompt, canvas, eos=True, suppression=suppression)
     for checkpoint in LOUD
     for policy in POLICIES
     for tokens, block, prompt, canvas, suppression in (
@@ -130,11 +113,11 @@ EOS_CASES = [
 
 TIED = ("llada-tied", "dream-tied")
 TIED_CASES = [
-    Case(checkpoint, policy, 14, 6, 10, 8) for checkpoint in TIED for policy in POLICIES
+    PolicyCase(checkpoint, policy, 14, 6, 10, 8) for checkpoint in TIED for policy in POLICIES
 ]  # fmt: skip
 
 PADDED_CASES = [
-    Case("llada-padded", policy, tokens, block, prompt=9, cfg=cfg)
+    PolicyCase("llada-padded", policy, tokens, block, prompt=9, cfg=cfg)
     for policy in POLICIES
     for tokens, block, cfg in ((16, 8, 0.0), (12, None, 1.0))
 ]
@@ -142,7 +125,7 @@ PADDED_CASES = [
 QUESTIONS = [question.text for question, _ in zip(tasks.stream("held_out", seed=5), range(6), strict=False)]
 TRAINED = ("tiny-llada", "tiny-dream")
 TRAINED_CASES = [
-    Case(checkpoint, policy, 24, block, steps, QUESTIONS[i], eos=eos)
+    PolicyCase(checkpoint, policy, 24, block, steps, QUESTIONS[i], eos=eos)
     for checkpoint in TRAINED
     for i, policy in enumerate(POLICIES)
     for block, steps, eos in ((None, None, False), (8, 12, True))
@@ -167,12 +150,12 @@ assert len({case.id for case in CASES}) == len(CASES)
 SUBSET = CASES[::7]
 
 
-def tables(cases: list[Case]) -> pytest.MarkDecorator:
+def tables(cases: list[PolicyCase]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", cases, ids=[case.id for case in cases])
 
 
 @functools.cache
-def among_all(checkpoint: str) -> dict[Case, RequestOutput]:
+def among_all(checkpoint: str) -> dict[PolicyCase, RequestOutput]:
     """All cases of a checkpoint in one generate()."""
     cases = [case for case in CASES if case.checkpoint == checkpoint]
     prompts, params = zip(*(case.request for case in cases), strict=True)
@@ -253,7 +236,7 @@ def test_policies_differ(family, shape):
     tokens, block, steps, prompt = shape
     traces = set()
     for policy in POLICIES:
-        case = Case(family, policy, tokens, block, steps, tuple(random_prompt(prompt, "policies")))
+        case = PolicyCase(family, policy, tokens, block, steps, tuple(random_prompt(prompt, "policies")))
         traces.add(repr(expected(case).trace))
     blocks = -(-tokens // block) if block else 1
     assert len(traces) >= (len(POLICIES) - 2 if max(1, steps or tokens) > blocks and block != 1 else 1)
@@ -269,7 +252,7 @@ def test_canvases_are_continued(case):
 
 @tables(GUIDED_CASES)
 def test_guidance_matters(case):
-    plain = Case(
+    plain = PolicyCase(
         case.checkpoint, case.policy, case.max_tokens, case.block, case.steps, tuple(case.prompt_ids), case.canvas
     )
     assert expected(plain).tokens != expected(case).tokens
@@ -294,7 +277,7 @@ def test_suppression_matters(checkpoint, suppression):
     cases = [case for case in SUPPRESSION_CASES if (case.checkpoint, case.suppression) == (checkpoint, suppression)]
     changed = 0
     for case in cases:
-        plain = Case(checkpoint, case.policy, case.max_tokens, case.block, case.steps, tuple(case.prompt_ids))
+        plain = PolicyCase(checkpoint, case.policy, case.max_tokens, case.block, case.steps, tuple(case.prompt_ids))
         changed += expected(plain).trace != expected(case).trace
         if suppression == "logits":
             assert EOS not in expected(case).tokens

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import model_runner, new_engine
 from safetensors.torch import load_file, save_file
+from support.engines import model_runner, new_engine
 from vllm import SamplingParams
 
 from dllm_plugin.checkpoints import path

@@ -8,9 +8,11 @@ keep every bit, see tests/kernels.
 import sys
 
 import pytest
-from helpers import VOCABULARY, drive, engine, model_runner, num_forwards, random_prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.cases import random_prompt
+from support.checkpoints import VOCABULARY
+from support.engines import drive, engine, model_runner, num_forwards
 from vllm import SamplingParams
 
 from dllm_plugin.kernels.confidence import confidence

@@ -5,20 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    MASK,
-    VOCABULARY,
-    Case,
-    difference,
-    drive,
-    engine,
-    expected,
-    folder,
-    new_engine,
-    random_prompt,
-    reference,
-)
 from scipy.stats import binomtest, chisquare
+from support.cases import PolicyCase, difference, expected, random_prompt
+from support.checkpoints import MASK, VOCABULARY, folder, reference
+from support.engines import drive, engine, new_engine
 from vllm import SamplingParams
 
 FAMILIES = ("llada", "dream")
@@ -26,7 +16,9 @@ FAMILIES = ("llada", "dream")
 
 def sampled(**settings):
     """A case for both families."""
-    return [Case(family, **({"max_tokens": 16, "prompt": 7, "temperature": 0.8} | settings)) for family in FAMILIES]
+    return [
+        PolicyCase(family, **({"max_tokens": 16, "prompt": 7, "temperature": 0.8} | settings)) for family in FAMILIES
+    ]
 
 
 # Decoded by the reference with the numbers that the engine draws.
@@ -55,18 +47,18 @@ CASES = [
     )
     for case in sampled(**settings)
 ] + [
-    Case(checkpoint, policy, 16, prompt=6, temperature=1.0, block=8, eos=True)
+    PolicyCase(checkpoint, policy, 16, prompt=6, temperature=1.0, block=8, eos=True)
     for checkpoint in ("llada-loud", "dream-loud")
     for policy in ("low_confidence", "random", "entropy", "origin")
 ] + [
-    Case(checkpoint, "low_confidence", 16, prompt=9, temperature=0.7, suppression=suppression)
+    PolicyCase(checkpoint, "low_confidence", 16, prompt=9, temperature=0.7, suppression=suppression)
     for checkpoint in ("llada-loud", "dream-loud")
     for suppression in ("logits", "confidence")
 ] + [
-    Case("llada-padded", policy, 16, prompt=9, temperature=0.7, **filters)
+    PolicyCase("llada-padded", policy, 16, prompt=9, temperature=0.7, **filters)
     for policy, filters in (("low_confidence", {}), ("entropy", {"top_p": 0.8}), ("maskgit_plus", {"top_k": 5}))
 ] + [  # the mask is often what a filter keeps
-    Case("dream-loud", policy, 16, prompt=9, temperature=0.7, top_k=top_k)
+    PolicyCase("dream-loud", policy, 16, prompt=9, temperature=0.7, top_k=top_k)
     for policy in ("maskgit_plus", "topk_margin", "entropy", "origin")
     for top_k in (1, 2)
 ]  # fmt: skip
@@ -94,7 +86,7 @@ def test_same_tokens_in_a_batch(checkpoint):
 @pytest.mark.parametrize("policy", ["maskgit_plus", "topk_margin", "entropy"])
 def test_equal_confidences_go_by_position(policy):
     """One token kept a row makes every probability 1 and every entropy 0: the order is from left to right."""
-    case = Case("dream", policy, 16, prompt=7, temperature=0.2, top_k=1)
+    case = PolicyCase("dream", policy, 16, prompt=7, temperature=0.2, top_k=1)
     trace = expected(case).trace
     assert [position for commit in trace for position in commit.positions] == list(range(16))
     (output,), _ = drive(engine("dream"), [case.request])
@@ -107,7 +99,7 @@ def test_equal_confidences_go_by_position(policy):
 
 def test_greedy_has_no_filters():
     """vLLM resets top_p and top_k at temperature 0, where Dream's decoder would still let them change confidences."""
-    case = Case("dream", "maskgit_plus", 16, prompt=7)
+    case = PolicyCase("dream", "maskgit_plus", 16, prompt=7)
     prompt, plain = case.request
     filters = SamplingParams(
         temperature=0.0,
@@ -124,7 +116,7 @@ def test_greedy_has_no_filters():
 @pytest.mark.parametrize("policy", ["low_confidence", "random", "entropy"])
 def test_a_filter_that_takes_nothing_out_changes_nothing(policy):
     """Whatever it is divided by on the way."""
-    case = Case("llada", policy, 24, prompt=9, block=8, temperature=0.2, seed=4)
+    case = PolicyCase("llada", policy, 24, prompt=9, block=8, temperature=0.2, seed=4)
     prompt, plain = case.request
     filtered = SamplingParams(
         temperature=0.2, top_k=VOCABULARY, seed=4, max_tokens=24, ignore_eos=True, detokenize=False,

@@ -6,21 +6,10 @@ Scenarios are tables of steps, run-length encoded: `("AB", 12)` is twelve steps 
 from dataclasses import replace
 
 import pytest
-from helpers import (
-    EOS,
-    POLICIES,
-    Case,
-    core,
-    difference,
-    drive,
-    engine,
-    expected,
-    model_runner,
-    num_forwards,
-    random_prompt,
-    scheduler,
-)
-from steps import Steps, case, check, leave_engines_empty, nothing_is_left  # noqa: F401
+from support.cases import POLICIES, PolicyCase, difference, expected, random_prompt
+from support.checkpoints import EOS
+from support.engines import core, drive, engine, model_runner, num_forwards, scheduler
+from support.steps import Steps, case, check, leave_engines_empty, nothing_is_left  # noqa: F401
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
@@ -248,7 +237,7 @@ def test_preemption_in_mid_canvas(policy, after):
     for name, one in zip("AB", cases, strict=True):
         assert steps.emitted[name] == expected(one).tokens
         # the steps of the present canvas are done twice, and said so
-        first = expected(Case(**vars(one) | {"max_tokens": 16})).num_forwards
+        first = expected(PolicyCase(**vars(one) | {"max_tokens": 16})).num_forwards
         repeated = after if after < first else after - first
         assert num_forwards(steps.finished[name]) == expected(one).num_forwards + repeated
     nothing_is_left(llm)
@@ -301,7 +290,7 @@ def test_priorities_within_the_token_budget():
 # ---- when tokens come out
 
 STREAMED = [
-    Case(checkpoint, policy, 18, block, steps, 7, canvas)
+    PolicyCase(checkpoint, policy, 18, block, steps, 7, canvas)
     for checkpoint in ("llada", "dream")
     for policy in POLICIES
     for block, steps, canvas in ((None, None, None), (6, 9, None), (4, 12, 12))
@@ -322,7 +311,7 @@ def test_tokens_come_out_as_soon_as_they_are_final_and_contiguous(one):
 
 
 ENDED = [
-    Case(checkpoint, policy, 24, block, None, prompt, canvas, eos=True)
+    PolicyCase(checkpoint, policy, 24, block, None, prompt, canvas, eos=True)
     for checkpoint in ("llada-loud", "dream-loud")
     for policy in ("low_confidence", "entropy", "random")
     for block, prompt, canvas in ((4, 9, None), (8, 3, None), (None, 9, 6), (1, 5, None))
@@ -351,7 +340,7 @@ def test_generation_ends_at_the_first_final_eos():
 def test_ignore_eos_fills_the_canvas():
     goes_on = 0
     for one in ENDED:
-        filled = Case(**vars(one) | {"eos": False, "prompt": tuple(one.prompt_ids)})
+        filled = PolicyCase(**vars(one) | {"eos": False, "prompt": tuple(one.prompt_ids)})
         steps = Steps(engine(one.checkpoint))
         steps.add(filled)
         steps.drain()
@@ -416,7 +405,7 @@ def test_max_model_len_cuts_the_canvas(narrow):
     steps = Steps(narrow)
     steps.add(prompt, params)
     steps.drain()
-    check(steps, Case("llada", "low_confidence", 14, prompt=tuple(prompt)))
+    check(steps, PolicyCase("llada", "low_confidence", 14, prompt=tuple(prompt)))
     assert steps.finished["A"].outputs[0].finish_reason == "length"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from openai import APIStatusError, BadRequestError, OpenAI
+from support.engines import engine
 
 from dllm_plugin import compat
 from dllm_plugin.checkpoints.tasks import questions
@@ -138,7 +139,7 @@ def test_streaming_gives_the_text_of_the_whole_answer(servers: dict[str, Server]
     assert chunks[-1].finish_reason == whole.choices[0].finish_reason
 
 
-def test_the_server_answers_as_the_engine_in_process(llada: Server, engine: Any) -> None:
+def test_the_server_answers_as_the_engine_in_process(llada: Server) -> None:
     from vllm import SamplingParams
 
     asked = [[{"role": "user", "content": question.text}] for question in questions("held_out", 4, seed=5)]
@@ -202,7 +203,7 @@ def test_a_wrong_request_is_told_so_and_the_server_serves_on(
     assert route(llada, max_tokens=2).choices
 
 
-def test_infilling(llada: Server, engine: Any) -> None:
+def test_infilling(llada: Server) -> None:
     """What stands behind the canvas decides the answer; the text is the canvas alone. Pinned tokens come back."""
     from vllm import SamplingParams
 

@@ -14,20 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from helpers import (
-    RANDOM_WEIGHTS,
-    Noise,
-    counted_launches,
-    drive,
-    engine,
-    model_runner,
-    num_forwards,
-    random_prompt,
-    reference,
-    scheduler,
-)
 from reference import d2f, decoding, fast_dllm
 from reference.model import ReferenceModel
+from support.cases import Noise, ReferenceCase, difference, expected, random_prompt
+from support.checkpoints import RANDOM_WEIGHTS, reference
+from support.engines import counted_launches, drive, engine, model_runner, num_forwards, scheduler
 from torch import Tensor
 from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
@@ -42,8 +33,8 @@ SEED = 77
 
 
 @dataclass(frozen=True)
-class Case:
-    """One request; `extras` are its diffusion_* parameters without the prefix."""
+class StrategyCase(ReferenceCase):
+    """Any strategy; `extras` are the request's diffusion_* parameters without the prefix."""
 
     checkpoint: str
     tokens: int
@@ -62,8 +53,8 @@ class Case:
         return random_prompt(self.prompt, f"{self.checkpoint} {self.prompt}")
 
     @property
-    def request(self) -> tuple[list[int], SamplingParams]:
-        return self.prompt_ids, SamplingParams(
+    def sampling_params(self) -> SamplingParams:
+        return SamplingParams(
             **{"temperature": 0.0} | self.sampling,
             max_tokens=self.tokens,
             ignore_eos=not self.eos,
@@ -92,9 +83,8 @@ class Case:
             settings["suffix_ids"] = settings.pop("suffix", ())
             if scale := settings.pop("cfg_scale", 0.0):
                 model = guided(model, scale, hidden=slice(len(prompt)))
-        stop_ids = (model.eos_token_id,) if self.eos else ()
         return decoding.generate_canvases(
-            generate, model, prompt, self.tokens, length, steps, stop_ids=stop_ids, **settings
+            generate, model, prompt, self.tokens, length, steps, stop_ids=self.stop_ids, **settings
         )
 
 
@@ -112,18 +102,13 @@ def guided(model: ReferenceModel, scale: float, hidden: slice | list[int]) -> Re
     return twin
 
 
-@functools.cache
-def expected(case: Case) -> decoding.Generation:
-    return case.expected()
-
-
 def by_probability(checkpoint: str) -> str:
     return "low_confidence" if checkpoint.startswith("llada") else "maskgit_plus"
 
 
-def run(llm: LLM, cases: list[Case], alone: bool = False) -> list[RequestOutput]:
+def run(llm: LLM, cases: list[StrategyCase], alone: bool = False) -> list[RequestOutput]:
     prompts = [{"prompt_token_ids": case.prompt_ids} for case in cases]
-    params = [case.request[1] for case in cases]
+    params = [case.sampling_params for case in cases]
     if alone:
         return [llm.generate([p], [s], use_tqdm=False)[0] for p, s in zip(prompts, params, strict=True)]
     return llm.generate(prompts, params, use_tqdm=False)
@@ -131,14 +116,6 @@ def run(llm: LLM, cases: list[Case], alone: bool = False) -> list[RequestOutput]
 
 def result(output: RequestOutput) -> tuple[list[int], int]:
     return list(output.outputs[0].token_ids), num_forwards(output)
-
-
-def difference(case: Case, output: RequestOutput) -> str:
-    """Empty where tokens and number of forward passes are the reference's."""
-    want, (tokens, passes) = expected(case), result(output)
-    if (tokens, passes) == (want.tokens, want.num_forwards):
-        return ""
-    return f"{case.id}\nengine    {tokens} in {passes} forward passes\nreference {want.tokens} in {want.num_forwards}"
 
 
 # ---- the cases: (tokens, prompt, extras) with every strategy
@@ -161,9 +138,11 @@ PARALLEL = ({"threshold": 0.5}, {"threshold": 0.2}, {"threshold": 0.05}, {"facto
             {"threshold": 1}, {"factor": 2})  # fmt: skip  # whole numbers are numbers
 
 
-def grid(checkpoint: str, shapes: tuple, *strategies: dict[str, Any], eos: bool = False, **sampling: Any) -> list[Case]:
+def grid(
+    checkpoint: str, shapes: tuple, *strategies: dict[str, Any], eos: bool = False, **sampling: Any
+) -> list[StrategyCase]:
     return [
-        Case(checkpoint, tokens, prompt, strategy | extras, eos, sampling)
+        StrategyCase(checkpoint, tokens, prompt, strategy | extras, eos, sampling)
         for strategy in strategies
         for tokens, prompt, extras in shapes
     ]
@@ -383,7 +362,7 @@ def together(checkpoint: str) -> dict[str, RequestOutput]:
 
 
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.id)
-def test_equals_the_reference(case: Case):
+def test_equals_the_reference(case: StrategyCase):
     assert difference(case, together(case.checkpoint)[case.id]) == ""
 
 
@@ -404,14 +383,16 @@ def test_the_references_two_ways_agree():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cache", CACHED)
 def test_a_refresh_every_step_equals_no_cache(family: str, cache: str):
-    def plain(case: Case) -> Case:
-        return Case(
+    def plain(case: StrategyCase) -> StrategyCase:
+        return StrategyCase(
             family, case.tokens, case.prompt, {k: v for k, v in case.extras.items() if not k.startswith("cache")}
         )
 
     chosen = [case for case in SCHEDULED + PARALLEL_CASES + INFILLING + CANVASES if case.checkpoint == family]
     cases = list({case.id: case for case in map(plain, chosen)}.values())
-    refreshed = [Case(family, c.tokens, c.prompt, c.extras | {"cache": cache, "cache_refresh": 1}) for c in cases]
+    refreshed = [
+        StrategyCase(family, c.tokens, c.prompt, c.extras | {"cache": cache, "cache_refresh": 1}) for c in cases
+    ]
     outputs = run(engine(family), cases + refreshed)
     for case, none, cached in zip(cases, outputs[: len(cases)], outputs[len(cases) :], strict=True):
         assert result(none) == result(cached), case.id
@@ -425,7 +406,7 @@ def test_caches_are_used_and_drift(family: str):
     """Otherwise the parity above would not tell a cache from none."""
     for cache in CACHED:
         same = [
-            expected(Case(family, 16, 9, {"remasking": policy, "block_length": 8} | mode)).tokens
+            expected(StrategyCase(family, 16, 9, {"remasking": policy, "block_length": 8} | mode)).tokens
             for policy in ("low_confidence", "entropy")
             for mode in ({"cache": cache}, {})
         ]
@@ -433,10 +414,10 @@ def test_caches_are_used_and_drift(family: str):
 
 
 @pytest.mark.parametrize("case", CAPPED, ids=lambda case: case.id)
-def test_a_cap_on_forward_passes(case: Case):
+def test_a_cap_on_forward_passes(case: StrategyCase):
     output = together(case.checkpoint)[case.id]
     completion, cap = output.outputs[0], case.extras["max_steps"]
-    uncapped = Case(
+    uncapped = StrategyCase(
         case.checkpoint, case.tokens, case.prompt, {k: v for k, v in case.extras.items() if k != "max_steps"}
     )
     assert num_forwards(output) == min(cap, expected(uncapped).num_forwards)
@@ -473,7 +454,7 @@ def test_a_cap_that_leaves_a_full_response(family: str):
 
 
 @pytest.mark.parametrize("case", [c for c in INFILLING if "template" in c.extras], ids=lambda case: case.id)
-def test_pinned_ids_stay(case: Case):
+def test_pinned_ids_stay(case: StrategyCase):
     tokens = together(case.checkpoint)[case.id].outputs[0].token_ids
     assert len(tokens) == len(TEMPLATE)
     assert all(want in (HOLE, token) for want, token in zip(TEMPLATE, tokens, strict=True))
@@ -520,7 +501,7 @@ def text_of(tokenizer: Any, token_ids: list[int]) -> str:
 
 
 @pytest.mark.parametrize("case", GUIDED, ids=lambda case: case.id)
-def test_guidance_hides_the_prompt_alone(case: Case):
+def test_guidance_hides_the_prompt_alone(case: StrategyCase):
     """Fast-dLLM hides all that is given: with suffix and pinned tokens hidden too, the answer is another one."""
     template, suffix, start = case.extras.get("template", ()), case.extras.get("suffix", ()), case.prompt
     pinned = [start + i for i, token in enumerate(template) if token != HOLE]
@@ -549,7 +530,7 @@ def test_a_factor_makes_no_exception_for_the_last_rank(family: str, monkeypatch)
 # ---- company
 
 
-def mixture(family: str, number: int = 28, seed: int = 5) -> list[Case]:
+def mixture(family: str, number: int = 28, seed: int = 5) -> list[StrategyCase]:
     kinds = (SCHEDULED, PARALLEL_CASES, INFILLING, CANVASES, CAPPED, PIPELINED, DRAWN)
     draw = random.Random(seed)
     of_family = [[case for case in kind if case.checkpoint == family] for kind in kinds]
@@ -632,7 +613,7 @@ def test_preempted_requests_decode_the_same(family: str, after: int, as_new: boo
     llm, cases = engine(family), mixture(family, number=14, seed=after)
     for i, case in enumerate(cases):
         llm.llm_engine.add_request(
-            f"preempted-{as_new}-{after}-{i}", {"prompt_token_ids": case.prompt_ids}, case.request[1]
+            f"preempted-{as_new}-{after}-{i}", {"prompt_token_ids": case.prompt_ids}, case.sampling_params
         )
     finished: dict[str, RequestOutput] = {}
     for step in itertools.count(1):

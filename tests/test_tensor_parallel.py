@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import Case, expected, folder
+from support.cases import PolicyCase, expected
+from support.checkpoints import folder
 
 CHECKPOINTS = ("llada-padded", "dream-tied")
 CASES = [
-    Case(checkpoint, **settings)
+    PolicyCase(checkpoint, **settings)
     for checkpoint in CHECKPOINTS
     for settings in (
         {"policy": "low_confidence", "max_tokens": 10, "block": 4, "steps": 6, "prompt": 5},
@@ -35,7 +36,7 @@ NUM_CORES = len(os.sched_getaffinity(0))
 
 def decode(checkpoint: str, path: str) -> None:
     """Runs in a process of its own: prints the tokens and forward passes of each case as JSON, one line."""
-    from helpers import new_engine, num_forwards
+    from support.engines import new_engine, num_forwards
 
     llm = new_engine(Path(path), tensor_parallel_size=2, distributed_executor_backend="mp")
     prompts, params = zip(*(case.request for case in CASES if case.checkpoint == checkpoint), strict=True)
@@ -76,7 +77,6 @@ def decoded(request):
     cores = sorted(os.sched_getaffinity(0))
     environment = os.environ | {
         "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[1]}",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         # functions are sent to the ranks by pickle
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),

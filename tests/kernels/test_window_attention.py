@@ -32,7 +32,7 @@ def starts(lengths):
     return torch.tensor([0, *lengths]).cumsum(0).tolist()
 
 
-class Case:
+class AttentionCase:
     """Windows (length, start, visible, prefix_len, block_length) over shuffled pages of NaN around the written keys."""
 
     def __init__(
@@ -103,26 +103,26 @@ WINDOWS = {
 
 @pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS)
 def test_visibility(implementation, windows):
-    case = Case(windows)
+    case = AttentionCase(windows)
     case.check(case.run())
 
 
 @pytest.mark.parametrize("start", range(16))
 def test_every_alignment(implementation, start):
-    case = Case([(7, start, start + 7, 5, 4), (7, start, start + 9, 0, 0)])
+    case = AttentionCase([(7, start, start + 7, 5, 4), (7, start, start + 9, 0, 0)])
     case.check(case.run())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("head_size", [32, 64, 80, 96, 128, 256])
 def test_head_sizes(implementation, head_size, dtype):
-    case = Case([(9, 12, 21, 0, 0), (5, 20, 25, 6, 8)], head_size=head_size, dtype=dtype)
+    case = AttentionCase([(9, 12, 21, 0, 0), (5, 20, 25, 6, 8)], head_size=head_size, dtype=dtype)
     case.check(case.run())
 
 
 @pytest.mark.parametrize("head_size", [64, 128])
 def test_bf16_on_a_cpu(head_size):
-    case = Case(WINDOWS["mixed_rules"], head_size=head_size, dtype=torch.bfloat16)
+    case = AttentionCase(WINDOWS["mixed_rules"], head_size=head_size, dtype=torch.bfloat16)
     case.check(case.run())
     inputs = sequences([20, 33], 8, 2, dtype=torch.bfloat16)
     check_full(run_full(*inputs, [20, 33]), *inputs, [20, 33])
@@ -130,26 +130,26 @@ def test_bf16_on_a_cpu(head_size):
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 1), (8, 2), (7, 1), (28, 4)])
 def test_grouped_heads(implementation, heads, kv_heads):
-    case = Case([(5, 10, 15, 0, 0), (20, 0, 20, 4, 8)], heads=heads, kv_heads=kv_heads)
+    case = AttentionCase([(5, 10, 15, 0, 0), (20, 0, 20, 4, 8)], heads=heads, kv_heads=kv_heads)
     case.check(case.run())
 
 
 @pytest.mark.parametrize("tokens_outside", [True, False])
 @pytest.mark.parametrize("page_size", [16, 32, 48])
 def test_pages(implementation, page_size, tokens_outside):
-    case = Case([(5, 60, 65, 0, 0), (3, 0, 50, 2, 4)], page_size=page_size, tokens_outside=tokens_outside)
+    case = AttentionCase([(5, 60, 65, 0, 0), (3, 0, 50, 2, 4)], page_size=page_size, tokens_outside=tokens_outside)
     case.check(case.run())
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 3, 5])
 @pytest.mark.parametrize("tiling", [Tiling(16, 16, 4, 2), Tiling(64, 32, 4, 2)], ids=str)
 def test_tilings_and_splits(tiling, num_splits):
-    case = Case([(40, 30, 70, 20, 8), (1, 4, 5, 0, 0), (3, 0, 0, 0, 0), (9, 0, 90, 0, 0)])
+    case = AttentionCase([(40, 30, 70, 20, 8), (1, 4, 5, 0, 0), (3, 0, 0, 0, 0), (9, 0, 90, 0, 0)])
     case.check(case.kernel(tiling, num_splits))
 
 
 def test_a_long_row(implementation):
-    case = Case([(1, 999, 1000, 0, 0), (63, 937, 1000, 1, 63)], heads=2, kv_heads=1)
+    case = AttentionCase([(1, 999, 1000, 0, 0), (63, 937, 1000, 1, 63)], heads=2, kv_heads=1)
     case.check(case.run())
 
 
@@ -161,7 +161,7 @@ def test_any_windows(data):
         start = data.draw(st.integers(0, visible))
         length = data.draw(st.integers(0, visible - start))
         windows.append((length, start, visible, data.draw(st.integers(0, visible)), data.draw(st.integers(0, 9))))
-    case = Case(windows, heads=2, kv_heads=1, head_size=32)
+    case = AttentionCase(windows, heads=2, kv_heads=1, head_size=32)
     case.check(case.run())
     if case.starts[-1]:
         case.check(case.kernel(Tiling(16, 16, 4, 2), data.draw(st.integers(1, 3))))
@@ -179,20 +179,20 @@ PER_REQUEST = ("query_start_loc", "window_start", "visible", "prefix_len", "bloc
     "names", [*((name,) for name in (*PER_REQUEST, "block_table")), (*PER_REQUEST, "block_table")], ids=str
 )
 def test_strided_inputs(implementation, names):
-    case = Case(WINDOWS["mixed_rules"])
+    case = AttentionCase(WINDOWS["mixed_rules"])
     windows = case.record()
     case.check(case.run(windows=replace(windows, **{name: strided(getattr(windows, name)) for name in names})))
 
 
 def test_every_other_page_of_a_table(implementation):
-    case = Case([(20, 50, 100, 0, 0), (9, 40, 70, 3, 7)])
+    case = AttentionCase([(20, 50, 100, 0, 0), (9, 40, 70, 3, 7)])
     case.block_table = case.block_table.repeat_interleave(2, 1)[:, ::2]
     assert case.block_table.stride() == (14, 2)
     case.check(case.run())
 
 
 def test_host_copies_change_nothing():
-    case = Case(WINDOWS["mixed_rules"])
+    case = AttentionCase(WINDOWS["mixed_rules"])
     windows = case.record()
     copies = {f"{name}_cpu": getattr(windows, name).tolist() for name in PER_REQUEST}
     assert copies.keys() == {field.name for field in fields(windows) if field.name.endswith("_cpu")}
@@ -230,7 +230,7 @@ def test_the_rules_are_softmax_attention():
     got = full_attention_rule(query, key, value, full_windows([9, 4]), 64**-0.5)
     torch.testing.assert_close(got, torch.cat(want, 1).transpose(0, 1))
 
-    case = Case([(8, 2, 12, 4, 3)], dtype=torch.float64)
+    case = AttentionCase([(8, 2, 12, 4, 3)], dtype=torch.float64)
     sees = [4, 4, 7, 7, 7, 10, 10, 10]  # positions 2 and 3 in the prefix, then two blocks of three
     key, value = (cache[case.block_table[0]].flatten(0, 1)[:12] for cache in (case.key_cache, case.value_cache))
     mask = torch.tensor([[j < limit for j in range(12)] for limit in sees])
@@ -302,12 +302,12 @@ def test_the_cpu_result_of_a_request_does_not_depend_on_its_neighbours(dtype, th
         alone = run_full(query[first:last].clone(), key[first:last].clone(), value[first:last].clone(), [last - first])
         assert torch.equal(together[first:last], alone)
     windows = [(24, 0, 60, 0, 0)] * 3 + [(24, 36, 60, 0, 0), (8, 0, 60, 20, 8)]
-    case = Case(windows, dtype=torch.float32)
+    case = AttentionCase(windows, dtype=torch.float32)
     whole = case.run()
     for n in range(len(windows)):
         case.windows = windows[n : n + 1]
         rows = slice(starts([w[0] for w in windows])[n], starts([w[0] for w in windows])[n + 1])
-        one = Case.__new__(Case)
+        one = AttentionCase.__new__(AttentionCase)
         one.__dict__ |= case.__dict__
         one.block_table, one.query = case.block_table[n : n + 1], case.query[rows].clone()
         one.starts = starts([windows[n][0]])
@@ -317,7 +317,7 @@ def test_the_cpu_result_of_a_request_does_not_depend_on_its_neighbours(dtype, th
 
 def test_empty_batches(implementation):
     assert run_full(*sequences([]), []).shape == (0, 4, 64)
-    assert Case([(0, 0, 5, 0, 0)]).run().shape == (0, 4, 64)
+    assert AttentionCase([(0, 0, 5, 0, 0)]).run().shape == (0, 4, 64)
     assert full_attention(*sequences([5]), full_windows([5]), 1.0).shape == (5, 4, 64)
 
 
@@ -373,7 +373,7 @@ def test_pointers_do_where_there_are_no_descriptors(monkeypatch):
     ],
 )
 def test_refusals(implementation, change, message):
-    case = Case([(8, 0, 8, 0, 0)])
+    case = AttentionCase([(8, 0, 8, 0, 0)])
     change = dict(change)
     tensors = [change.pop(name, getattr(case, name)) for name in ("query", "key_cache", "value_cache")]
     out = change.pop("out", None)

@@ -1,171 +1,30 @@
-"""In-process engines for the tests, and requests that engine and reference decoders both understand.
+"""Requests that engine and reference decoders both understand.
 
-A `Case` is one request. `Case.sampling_params` is what the engine gets, `Case.expected` what the reference decoder of
-`reference/` makes of it, given the noise that the engine draws for the case's seed.
+`sampling_params` of a case is what the engine gets, `expected` what a reference decoder of `reference/` makes of it, given
+the noise that the engine draws for the case's seed.
 """
 
-import json
-import os
+import functools
 import random
 import zlib
-
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import atexit
-import functools
-import itertools
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from reference import checkpoints, decoding, dream, llada
+from reference import decoding, dream, llada
 from reference import model as reference_model
 from torch import Tensor
-from vllm import LLM, SamplingParams
+from vllm import SamplingParams
 from vllm.outputs import RequestOutput
 
-from dllm_plugin.checkpoints import path as bundled_path
 from dllm_plugin.kernels import philox
+from support.checkpoints import RANDOM_WEIGHTS, TURN_END, reference
+from support.engines import engine, num_forwards
 
 LLADA_POLICIES = ("low_confidence", "random")
 DREAM_POLICIES = ("origin", "maskgit_plus", "topk_margin", "entropy")
 POLICIES = LLADA_POLICIES + DREAM_POLICIES
-
-# of the random-weight checkpoints
-VOCABULARY, MASK, EOS, TURN_END = 331, 325, 320, 321
-
-torch.set_num_threads(1)  # OMP_NUM_THREADS comes too late where a test module imports torch first
-
-# ---- checkpoints
-
-_folder = tempfile.TemporaryDirectory(prefix="dllm-plugin-tests-")
-atexit.register(_folder.cleanup)
-
-RANDOM_WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llada": ("llada", {"seed": 3}),
-    "dream": ("dream", {"seed": 3}),
-    "llada-tied": ("llada", {"seed": 7, "weight_tying": True, "n_kv_heads": 4, "vocab_size": 327}),
-    "dream-tied": ("dream", {"seed": 7, "tie_word_embeddings": True, "num_key_value_heads": 1, "vocab_size": 327}),
-    # what pads the vocabulary is often the model's first choice, as are EOS, the mask and the end of turn below
-    "llada-padded": ("llada", {"seed": 5, "embedding_size": 344, "loud": dict.fromkeys(range(331, 344), 2.0)}),
-    "llada-loud": ("llada", {"seed": 4, "loud": {MASK: 3.0, EOS: 2.5, TURN_END: 2.0}}),
-    "dream-loud": ("dream", {"seed": 4, "loud": {MASK: 3.0, EOS: 2.5, TURN_END: 2.0}}),
-}
-
-
-@functools.cache
-def folder(checkpoint: str) -> Path:
-    """The folder of a checkpoint by its name: one of RANDOM_WEIGHTS, or a bundled one."""
-    if checkpoint not in RANDOM_WEIGHTS:
-        return bundled_path(checkpoint)
-    family, settings = RANDOM_WEIGHTS[checkpoint]
-    return write_checkpoint(family, checkpoint, **settings)
-
-
-def write_checkpoint(family: str, name: str, **settings: Any) -> Path:
-    """A random-weight checkpoint whose config names the end of turn, because it has no tokenizer that would."""
-    written = checkpoints.WRITERS[family](Path(_folder.name) / name, **settings)
-    edit_config(written, eot_token_id=TURN_END)
-    return written
-
-
-def edit_config(checkpoint: Path, *, remove: Iterable[str] = (), **changes: Any) -> None:
-    """Rewrite a written checkpoint's config.json."""
-    file = checkpoint / "config.json"
-    config = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({key: value for key, value in config.items() if key not in remove}))
-
-
-@functools.cache
-def reference(checkpoint: str) -> reference_model.ReferenceModel:
-    return reference_model.load(folder(checkpoint))
-
-
-# ---- engines
-
-
-@functools.cache
-def engine(checkpoint: str, **settings: Any) -> LLM:
-    """An engine in this process, kept to its end: closing one takes vLLM's process groups from the others."""
-    return new_engine(folder(checkpoint), **settings)
-
-
-def new_engine(model: Path, **settings: Any) -> LLM:
-    has_tokenizer = (model / "tokenizer_config.json").exists()
-    defaults = {
-        "dtype": "float32",
-        "max_num_seqs": 16,
-        "kv_cache_memory_bytes": 64 << 20,
-        "skip_tokenizer_init": not has_tokenizer,
-    }
-    return LLM(model=str(model), **defaults | settings)
-
-
-def core(llm: LLM) -> Any:
-    """vLLM's EngineCore of an in-process engine."""
-    return llm.llm_engine.engine_core.engine_core
-
-
-def scheduler(llm: LLM) -> Any:
-    return core(llm).scheduler
-
-
-def model_runner(llm: LLM) -> Any:
-    return core(llm).model_executor.driver_worker.worker.model_runner
-
-
-def num_forwards(output: RequestOutput) -> int:
-    """Denoising steps of a finished request, from the public result."""
-    return sum(output.outputs[0].spec_decode_metrics.histogram)
-
-
-@contextmanager
-def counted_launches(llm: LLM) -> Iterator[list[None]]:
-    """Its length is the number of denoising steps that the worker begins meanwhile."""
-    runner, begun = model_runner(llm), []
-    launch = runner.launch
-    runner.launch = lambda *args: begun.append(None) or launch(*args)
-    try:
-        yield begun
-    finally:
-        del runner.launch
-
-
-_request_number = itertools.count()
-
-
-def drive(
-    llm: LLM, requests: Sequence[tuple[list[int], SamplingParams]], arrivals: Sequence[int] | None = None
-) -> tuple[list[RequestOutput], list[int]]:
-    """Run (prompt, parameters) through the engine's own step(); returns final outputs and the running requests by step.
-
-    arrivals[i]: engine steps done before request i is added; all at once if not given.
-    """
-    run = next(_request_number)
-    arrivals = arrivals or [0] * len(requests)
-    finished: dict[str, RequestOutput] = {}
-    running: list[int] = []
-    while len(finished) < len(requests):
-        for i, (prompt, params) in enumerate(requests):
-            if arrivals[i] == len(running):
-                llm.llm_engine.add_request(f"{run}-{i}", {"prompt_token_ids": prompt}, params)
-        for output in llm.llm_engine.step():
-            if output.finished:
-                finished[output.request_id] = output
-        running.append(len(scheduler(llm).running))
-        assert len(running) < 100_000, "the engine makes no progress"
-    return [finished[f"{run}-{i}"] for i in range(len(requests))], running
-
-
-# ---- requests
 
 _DEFAULT_SEED = 1234
 
@@ -223,9 +82,39 @@ class Shaped:
         return logits
 
 
+class ReferenceCase(ABC):
+    """One request, and what a reference decoder makes of it. ``eos`` lets EOS end it."""
+
+    checkpoint: str
+    eos: bool
+
+    @property
+    @abstractmethod
+    def id(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def prompt_ids(self) -> list[int]: ...
+
+    @property
+    @abstractmethod
+    def sampling_params(self) -> SamplingParams: ...
+
+    @abstractmethod
+    def expected(self) -> decoding.Generation: ...
+
+    @property
+    def request(self) -> tuple[list[int], SamplingParams]:
+        return self.prompt_ids, self.sampling_params
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return (reference(self.checkpoint).eos_token_id,) if self.eos else ()
+
+
 @dataclass(frozen=True)
-class Case:
-    """One request. ``None`` and neutral values are left to the engine's defaults; ``eos`` lets EOS end it."""
+class PolicyCase(ReferenceCase):
+    """A remasking policy as its family decodes. ``None`` and neutral values are left to the engine's defaults."""
 
     checkpoint: str
     policy: str
@@ -296,14 +185,6 @@ class Case:
             extra_args={key: value for key, value in extras.items() if value is not None},
         )
 
-    @property
-    def request(self) -> tuple[list[int], SamplingParams]:
-        return self.prompt_ids, self.sampling_params
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        return (reference(self.checkpoint).eos_token_id,) if self.eos else ()
-
     def expected(self) -> decoding.Generation:
         """What the reference decoder generates."""
         model, prompt = reference(self.checkpoint), self.prompt_ids
@@ -353,7 +234,7 @@ class Case:
 
 
 @functools.cache
-def expected(case: Case) -> decoding.Generation:
+def expected(case: ReferenceCase) -> decoding.Generation:
     return case.expected()
 
 
@@ -371,7 +252,7 @@ def turn_end(checkpoint: str) -> int | None:
     return vocabulary.get(names[reference(checkpoint).config["model_type"]])
 
 
-def difference(case: Case, output: RequestOutput) -> str:
+def difference(case: ReferenceCase, output: RequestOutput) -> str:
     """Empty where the engine's output is the reference's: tokens and number of forward passes; otherwise both."""
     want, got = expected(case), list(output.outputs[0].token_ids)
     if got == want.tokens and num_forwards(output) == want.num_forwards:

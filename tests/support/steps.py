@@ -6,12 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from helpers import (
-    Case,
-    difference,
-    model_runner,
-    scheduler,
-)
+
+from support.cases import PolicyCase, difference
+from support.engines import model_runner, scheduler
 
 _run = itertools.count()
 _used: list["Steps"] = []
@@ -109,7 +106,7 @@ def nothing_is_left(llm) -> None:
     assert set(store.requests) <= inside.finished_req_ids
 
 
-def case(tokens=12, prompt=8, note="", **settings) -> Case:
-    return Case(
+def case(tokens=12, prompt=8, note="", **settings) -> PolicyCase:
+    return PolicyCase(
         **{"checkpoint": "llada", "policy": "low_confidence"} | settings, max_tokens=tokens, prompt=prompt, note=note
     )

@@ -1,0 +1,61 @@
+"""Checkpoints of the tests by name, bundled or of random weights, and the reference model of each."""
+
+import atexit
+import functools
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from reference import checkpoints
+from reference import model as reference_model
+
+from dllm_plugin.checkpoints import path as bundled_path
+
+# of the random-weight checkpoints
+VOCABULARY, MASK, EOS, TURN_END = 331, 325, 320, 321
+
+_folder = tempfile.TemporaryDirectory(prefix="dllm-plugin-tests-")
+atexit.register(_folder.cleanup)
+
+RANDOM_WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llada": ("llada", {"seed": 3}),
+    "dream": ("dream", {"seed": 3}),
+    "llada-tied": ("llada", {"seed": 7, "weight_tying": True, "n_kv_heads": 4, "vocab_size": 327}),
+    "dream-tied": ("dream", {"seed": 7, "tie_word_embeddings": True, "num_key_value_heads": 1, "vocab_size": 327}),
+    # what pads the vocabulary is often the model's first choice, as are EOS, the mask and the end of turn below
+    "llada-padded": ("llada", {"seed": 5, "embedding_size": 344, "loud": dict.fromkeys(range(331, 344), 2.0)}),
+    "llada-loud": ("llada", {"seed": 4, "loud": {MASK: 3.0, EOS: 2.5, TURN_END: 2.0}}),
+    "dream-loud": ("dream", {"seed": 4, "loud": {MASK: 3.0, EOS: 2.5, TURN_END: 2.0}}),
+}
+
+
+@functools.cache
+def folder(checkpoint: str | Path) -> Path:
+    """The folder of a checkpoint by its name, which is one of RANDOM_WEIGHTS or a bundled one; a folder is itself."""
+    if isinstance(checkpoint, Path):
+        return checkpoint
+    if checkpoint not in RANDOM_WEIGHTS:
+        return bundled_path(checkpoint)
+    family, settings = RANDOM_WEIGHTS[checkpoint]
+    return write_checkpoint(family, checkpoint, **settings)
+
+
+def write_checkpoint(family: str, name: str, **settings: Any) -> Path:
+    """A random-weight checkpoint whose config names the end of turn, because it has no tokenizer that would."""
+    written = checkpoints.WRITERS[family](Path(_folder.name) / name, **settings)
+    edit_config(written, eot_token_id=TURN_END)
+    return written
+
+
+def edit_config(checkpoint: Path, *, remove: Iterable[str] = (), **changes: Any) -> None:
+    """Rewrite a written checkpoint's config.json."""
+    file = checkpoint / "config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in config.items() if key not in remove}))
+
+
+@functools.cache
+def reference(checkpoint: str) -> reference_model.ReferenceModel:
+    return reference_model.load(folder(checkpoint))
