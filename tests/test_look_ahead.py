@@ -79,6 +79,19 @@ def test_a_larger_step_is_expected_to_take_longer(wide, monkeypatch):
     assert denoising.plan.step == 1
 
 
+def test_a_smaller_step_is_not_expected_to_be_quicker(wide, monkeypatch):
+    """A small step takes as long as its launches do."""
+    steps = Steps(wide)
+    steps.add(*unwatched(case(2, 190, "a")))
+    steps.drain()
+    monkeypatch.setattr(scheduler(wide), "_step_seconds", 0.1)
+    monkeypatch.setattr(scheduling, "MOST_SECONDS", 0.1)
+    steps.add(*unwatched(case(10, 8, "b")))
+    steps.step()
+    (denoising,) = scheduler(wide).denoising.values()
+    assert denoising.plan.step == 1
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -315,9 +315,9 @@ def test_steps_that_reach_every_block(extras, max_tokens):
 
 
 def test_a_canvas_that_only_the_prompt_ends():
-    """125 blocks of 1,000 positions, but no sequence is that long: the plan raises steps that are too few."""
-    extras = {"diffusion_steps": 64, "diffusion_block_length": 8}
-    for max_tokens in (512, 1000, None):  # 512 are too many as well: a prompt has a token
+    """64 blocks of 512 positions, which no sequence has beside a prompt: the plan raises steps that are too few."""
+    extras = {"diffusion_steps": 63, "diffusion_block_length": 8}
+    for max_tokens in (512, 1000, None):
         params.check_request(extras, max_tokens, vocab_size=VOCABULARY, max_model_len=512)
 
 

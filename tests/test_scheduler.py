@@ -287,6 +287,19 @@ def test_priorities_within_the_token_budget():
     check(steps, *cases)
 
 
+def test_the_least_urgent_of_many_priorities_have_a_turn_in_sixteen():
+    """Seven that each fill the budget: with half the turns for each next one, the last would wait for 64 of the first."""
+    llm = engine("llada", max_model_len=64, max_num_batched_tokens=64, scheduling_policy="priority")
+    cases = [case(20 if name == "a" else 2, 40, name) for name in "abcdefg"]
+    steps = Steps(llm)
+    for priority, one in enumerate(cases):
+        steps.add(one, priority=priority)
+    steps.drain()
+    first = [steps.ran.index(name) for name in "EFG"]
+    assert first == [first[0], first[0] + 1, first[0] + 2] and steps.ran[: first[0]].count("A") == 16
+    check(steps, *cases)
+
+
 # ---- when tokens come out
 
 STREAMED = [

@@ -7,6 +7,7 @@ picks the next window, and nothing more. Positions count from the start of the s
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import islice, pairwise
@@ -120,28 +121,28 @@ def dream_quota(num_masked: int, step: int, num_steps: int, eps: float) -> int:
     return int(np.float32(num_masked) * _dream_rates(num_steps, eps)[step])
 
 
-def next_dream_step(num_masked: int, step: int, num_steps: int, eps: float) -> int:
-    """The first step from ``step`` on whose `dream_quota` is not zero."""
-    some = np.float32(num_masked) * _dream_rates(num_steps, eps)[step : num_steps - 1] >= 1
-    return step + int(some.argmax()) if some.any() else max(step, num_steps - 1)
+def dream_steps(num_masked: int, num_steps: int, eps: float) -> list[int]:
+    """The steps of Dream's schedule in which so many masks are unmasked: one entry a mask, ascending."""
+    steps: list[int] = []
+    step = 0
+    while left := num_masked - len(steps):
+        some = np.float32(left) * _dream_rates(num_steps, eps)[step : num_steps - 1] >= 1
+        step = step + int(some.argmax()) if some.any() else num_steps - 1
+        steps += [step] * dream_quota(left, step, num_steps, eps)
+        step += 1
+    return steps
 
 
-def origin_quota(draws: np.ndarray, step: int, num_steps: int, eps: float) -> int:
-    """Positions that Dream's ``origin`` unmasks in a step, of the masked ones whose numbers are ``draws``, ascending.
+def origin_steps(draws: np.ndarray, num_steps: int, eps: float) -> list[int]:
+    """The steps in which Dream's ``origin`` unmasks positions whose numbers are ``draws``: one entry each, ascending.
 
     Published, each masked position is unmasked in a step from time t to s with probability 1 - s / t, so that it is still
     masked at time s with probability s. Here every position draws one number in (0, 1) for all steps, and is unmasked in the
-    first that ends below it, which is the same distribution (Dream's generation_utils.py, ``alg == 'origin'``).
+    first that ends below it, which is the same distribution (Dream's generation_utils.py, ``alg == 'origin'``); the last
+    step takes all that is left.
     """
-    if step >= num_steps - 1:
-        return len(draws)
-    return len(draws) - int(np.searchsorted(draws, _dream_times(num_steps, eps)[step + 1], side="right"))
-
-
-def next_origin_step(draws: np.ndarray, step: int, num_steps: int, eps: float) -> int:
-    """The first step from ``step`` on whose `origin_quota` is not zero."""
-    ends_below = int(np.searchsorted(-_dream_times(num_steps, eps), -draws[-1], side="right"))
-    return max(step, min(ends_below - 1, num_steps - 1))
+    times_not_below = np.searchsorted(-_dream_times(num_steps, eps), -draws, side="right")
+    return np.sort(np.minimum(times_not_below, num_steps) - 1).tolist()
 
 
 class Plan(ABC):
@@ -282,11 +283,23 @@ class BlockwisePlan(Plan):
         self._block = block
         self._block_step = 0
         self._num_masked = self._masks[block] if block < len(self._blocks) else 0
-        if POLICIES[self.params.remasking].schedule == "drawn" and self._num_masked:
-            self._draws = self._draw_numbers(*self._blocks[block])
+        self._unmasked_in = self._schedule() if self._num_masked else []
+
+    def _schedule(self) -> list[int]:
+        """The steps that Dream's schedules unmask the active block's masks in, one entry each; empty where none is asked.
+
+        They are found once for the block: there may be a million, and all others wait while they are searched.
+        """
+        params, num_steps = self.params, self._steps[self._block]
+        schedule = POLICIES[params.remasking].schedule
+        if schedule == "even" or params.threshold is not None or params.factor is not None:
+            return []
+        if schedule == "drawn":
+            return origin_steps(self._draw_numbers(*self._blocks[self._block]), num_steps, params.eps)
+        return dream_steps(self._num_masked, num_steps, params.eps)
 
     def _draw_numbers(self, start: int, end: int) -> np.ndarray:
-        """The numbers of the masked positions of a block, ascending: those that the worker ranks them by."""
+        """The numbers of the masked positions of a block: those that the worker ranks them by."""
         import torch
 
         from dllm_plugin.kernels import philox
@@ -294,7 +307,7 @@ class BlockwisePlan(Plan):
         template, begin = self.params.template, self.canvas_start
         position = torch.tensor([i for i in range(start, end) if not template or template[i - begin] == HOLE])
         zero = torch.zeros_like(position)
-        return np.sort(philox.uniform(zero + self.seed, position, zero, stream=philox.UNIFORM).numpy())
+        return philox.uniform(zero + self.seed, position, zero, stream=philox.UNIFORM).numpy()
 
     def _record(self, num_masked: Sequence[int], eos_is_taken: bool, num_passes: int) -> None:
         *_, (last, _, _) = islice(self._passes(), num_passes)
@@ -369,25 +382,15 @@ class BlockwisePlan(Plan):
 
     def _next_step(self, step: int, num_masked: int) -> int:
         """The first step of the active block, from ``step`` on, that unmasks something."""
-        params, num_steps = self.params, self._steps[self._block]
-        schedule = POLICIES[params.remasking].schedule
-        if schedule == "even" or params.threshold is not None or params.factor is not None:
-            return step
-        if schedule == "drawn":
-            return next_origin_step(self._draws[:num_masked], step, num_steps, params.eps)
-        return next_dream_step(num_masked, step, num_steps, params.eps)
+        return max(step, self._unmasked_in[-num_masked]) if self._unmasked_in else step
 
     def _quota(self, step: int, num_masked: int) -> int:
         """What a step of the active block unmasks, at least where a threshold or factor may admit more."""
-        params, num_steps = self.params, self._steps[self._block]
-        schedule = POLICIES[params.remasking].schedule
-        if params.threshold is not None or params.factor is not None:
+        if self.params.threshold is not None or self.params.factor is not None:
             return 1
-        if schedule == "even":
-            return even_quota(self._masks[self._block], step, num_steps)
-        if schedule == "drawn":
-            return origin_quota(self._draws[:num_masked], step, num_steps, params.eps)
-        return dream_quota(num_masked, step, num_steps, params.eps)
+        if self._unmasked_in:
+            return bisect_right(self._unmasked_in, step) - (len(self._unmasked_in) - num_masked)
+        return even_quota(self._masks[self._block], step, self._steps[self._block])
 
     def _num_masked_in_canvas(self) -> int:
         return self._num_masked + sum(self._masks[self._block + 1 :])

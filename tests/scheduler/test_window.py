@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from dllm_plugin.kernels import philox
 from dllm_plugin.params import DiffusionParams
 from dllm_plugin.policies import POLICIES
+from dllm_plugin.scheduler import window
 from dllm_plugin.scheduler.strategies import make_plan
 from dllm_plugin.scheduler.window import (
     dream_quota,
+    dream_steps,
     even_quota,
-    next_dream_step,
-    next_origin_step,
-    origin_quota,
+    origin_steps,
     split_blocks,
 )
 
@@ -105,34 +105,29 @@ def test_dream_quota(masks, steps, quotas):
 
 
 @pytest.mark.parametrize("masks, steps", [(1, 1), (8, 8), (5, 40), (24, 1000), (8, 1_000_000)])
-def test_the_next_dream_step_is_the_first_that_unmasks_something(masks, steps):
-    step = passes = 0
-    while masks:
-        found = next_dream_step(masks, step, steps, 1e-3)
-        between = range(step, found) if steps <= 1000 else [*range(step, found, 997)]
-        assert not any(dream_quota(masks, i, steps, 1e-3) for i in between)
-        quota = dream_quota(masks, found, steps, 1e-3)
-        assert quota > 0
-        step, masks, passes = found + 1, masks - quota, passes + 1
-    assert step <= steps and passes <= 24
+def test_steps_of_dreams_schedule_are_those_that_unmask_something(masks, steps):
+    unmasked_in = dream_steps(masks, steps, 1e-3)
+    left, before = masks, -1
+    for step in sorted({*unmasked_in}):
+        between = range(before + 1, step) if steps <= 1000 else range(before + 1, step, 997)
+        assert not any(dream_quota(left, i, steps, 1e-3) for i in between)
+        assert dream_quota(left, step, steps, 1e-3) == unmasked_in.count(step)
+        left, before = left - unmasked_in.count(step), step
+    assert left == 0 and before < steps and unmasked_in == sorted(unmasked_in)
 
 
 @pytest.mark.parametrize("steps, eps", [(1, 1e-3), (7, 1e-3), (64, 1e-3), (9, 0.0), (5, 0.4), (1000, 1e-3)])
 def test_origin_unmasks_as_the_published_rule_does(steps, eps):
     """Published: a fresh number below 1 - s / t in each step. One number u for all steps is the number 1 - u / t in a step."""
-    draws = np.sort(np.random.default_rng(steps).random(50, dtype=np.float32))
+    draws = np.random.default_rng(steps).random(50, dtype=np.float32)
     time = np.linspace(1, eps, steps + 1)
-    step, masked = 0, draws
-    for published_step in range(steps):
-        share = 1 - time[published_step + 1] / time[published_step] if published_step < steps - 1 else 1.0
-        taken = masked[1 - masked / time[published_step] < share]
-        if len(masked):
-            assert next_origin_step(masked, step, steps, eps) >= published_step
-            assert origin_quota(masked, published_step, steps, eps) == len(taken)
-        if len(taken):
-            assert next_origin_step(masked, step, steps, eps) == published_step
-            step, masked = published_step + 1, masked[: len(masked) - len(taken)]
-    assert len(masked) == 0
+    masked, unmasked_in = draws, []
+    for step in range(steps):
+        share = 1 - time[step + 1] / time[step] if step < steps - 1 else 1.0
+        taken = 1 - masked / time[step] < share
+        unmasked_in += [step] * int(taken.sum())
+        masked = masked[~taken]
+    assert origin_steps(draws, steps, eps) == unmasked_in and len(masked) == 0
 
 
 @pytest.mark.parametrize("remasking", POLICIES)
@@ -142,6 +137,20 @@ def test_a_million_steps_cost_no_more_passes_than_positions(remasking, block_len
     table = rows(plan)
     assert len(table) == plan.num_passes <= 8
     assert all(row[4] > 0 for row in table)
+
+
+@pytest.mark.parametrize("remasking, search", [("origin", "origin_steps"), ("entropy", "dream_steps")])
+def test_a_schedule_of_a_million_steps_is_searched_once_a_block(remasking, search, monkeypatch):
+    """All requests wait while one is planned: a search in every pass would take longer than a small step."""
+    searched = []
+    schedule = getattr(window, search)
+    monkeypatch.setattr(window, search, lambda *args: searched.append(args[1]) or schedule(*args))
+    plan = plan_of(5, 12, remasking=remasking, steps=1_000_000, block_length=6)
+    plan.start_canvas()
+    while not plan.canvas_is_full:
+        ahead = plan.look_ahead(3)
+        plan.advance([ahead[-1].blocks[0].num_masked - ahead[-1].blocks[0].quota], num_passes=len(ahead))
+    assert searched == [500_000] * 2
 
 
 # ---- the windows of a request
