@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm_plugin.kernels import philox
-from dllm_plugin.params import DiffusionParams
+from dllm_plugin.params import HOLE, DiffusionParams
 from dllm_plugin.policies import POLICIES
 from dllm_plugin.scheduler import window
 from dllm_plugin.scheduler.strategies import make_plan
@@ -104,7 +104,7 @@ def test_dream_quota(masks, steps, quotas):
     assert dream_quotas(masks, steps) == quotas
 
 
-@pytest.mark.parametrize("masks, steps", [(1, 1), (8, 8), (5, 40), (24, 1000), (8, 1_000_000)])
+@pytest.mark.parametrize("masks, steps", [(1, 1), (8, 8), (5, 40), (32, 8), (256, 64), (24, 1000), (8, 1_000_000)])
 def test_steps_of_dreams_schedule_are_those_that_unmask_something(masks, steps):
     unmasked_in = dream_steps(masks, steps, 1e-3)
     left, before = masks, -1
@@ -213,10 +213,12 @@ def test_windows(name):
     assert rows(plan) == expected
 
 
-def test_origin_draws_a_number_for_each_position():
+@pytest.mark.parametrize("template", [(), (HOLE, 5, HOLE, HOLE, 9, 9, HOLE, HOLE, HOLE)], ids=["open", "pinned"])
+def test_origin_draws_a_number_for_each_position(template):
     """The quotas are those of the numbers that the worker ranks by; the last step takes all; a step that takes none is none."""
-    plan = make_plan(DiffusionParams(remasking="origin", steps=3, eps=0.0), 4, 10, seed=-7)
-    position = torch.arange(4, 10)
+    length = len(template) or 6
+    plan = make_plan(DiffusionParams(remasking="origin", steps=3, eps=0.0, template=template), 4, 4 + length, seed=-7)
+    position = torch.tensor([4 + i for i in range(length) if not template or template[i] == HOLE])
     numbers = philox.uniform(torch.full_like(position, -7), position, position * 0, stream=philox.UNIFORM)
     in_step = [int((numbers > 2 / 3).sum()), int(((numbers <= 2 / 3) & (numbers > 1 / 3)).sum())]
     in_step.append(6 - sum(in_step))
