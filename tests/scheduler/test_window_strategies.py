@@ -501,6 +501,8 @@ class Simulation:
         assert all(before.end <= after.start for before, after in pairwise(window.blocks))
         assert window.start <= window.blocks[0].start - plan.shift, "no row predicts the first position"
         assert window.caches or window.start == 0
+        # what follows the canvas is given, and never the request's own token
+        assert max(block.end for block in window.blocks) <= window.settles_below == plan.canvas_end
         seen = {*range(window.start), *range(window.end, window.visible)}
         assert all(position in self.written for position in seen), "a key is seen that was never written"
         if plan.params.strategy == "d2f":
