@@ -28,7 +28,8 @@ demo: $(READY)
 # the kernel tests need TRITON_INTERPRET=1 before triton is imported. The long ones come first.
 JOBS ?= $(shell nproc)
 TEST_FILES := $(wildcard tests/kernels/test_*.py tests/scheduler/test_*.py tests/test_*.py)
-LONG := $(addprefix tests/,test_strategies.py test_parity.py kernels/test_compile.py test_server.py test_reference.py)
+LONG := $(addprefix tests/,test_strategies.py test_parity.py kernels/test_compile.py test_server.py test_tensor_parallel.py \
+	test_benchmarks.py test_odd_values.py)
 TESTS := $(addprefix run-,$(LONG) $(filter-out $(LONG),$(TEST_FILES)))
 
 test: $(READY)
