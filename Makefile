@@ -1,4 +1,4 @@
-# make demo   generate text with both bundled checkpoints        make check   lint, format, types, spelling
+# make demo   generate text with the bundled checkpoints         make check   lint, format, types, spelling
 # make test   the whole test suite                               make bench   the benchmarks
 # make test-release VLLM=0.33.0 NEEDS=orjson    the suite over another release of vLLM that has no CPU build
 #

@@ -139,9 +139,10 @@ def check_fields(sampling_params: SamplingParams) -> None:
         except Exception:
             right = False
         if not right:
-            raise ValueError(
-                f"{name} must be {kind}, got {value!r}; give a plain Python value, int(...) or float(...) of a NumPy scalar"
+            remedy = (
+                "give value.item(), not NumPy's" if hasattr(value, "item") else "give a plain Python value of that type"
             )
+            raise ValueError(f"{name} must be {kind}, got {value!r}; {remedy}")
 
 
 _READERS = {

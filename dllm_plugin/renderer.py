@@ -29,7 +29,7 @@ def check_prompt(prompt: Mapping[str, Any], vocab_size: int) -> None:
     if not isinstance(token_ids, list):
         raise DiffusionParameterError(
             f"prompt_token_ids must be a list of integers, got {token_ids!r:.80} of type {type(token_ids).__name__}; "
-            "write [65, 66], list(...) or array.tolist()"
+            "write list(...), or array.tolist() for an array"
         )
     # a bool is an int to Python, and none to the engine's process
     if wrong := [token for token in token_ids if type(token) is not int]:

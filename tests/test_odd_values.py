@@ -34,11 +34,11 @@ def changed(**fields):
     return params
 
 
-NOT_PLAIN = "give a plain Python value, int(...) or float(...) of a NumPy scalar"
+NOT_PLAIN = "give a plain Python value of that type"
 PARAMETERS = {
     "max_tokens-fraction": (lambda: SamplingParams(max_tokens=1.5), "max_tokens must be int | None, got 1.5; " + NOT_PLAIN),
     "max_tokens-bool": (lambda: SamplingParams(max_tokens=True), "max_tokens must be int | None, got True"),
-    "max_tokens-numpy": (lambda: SamplingParams(max_tokens=np.int64(4)), "got np.int64(4); " + NOT_PLAIN),
+    "max_tokens-numpy": (lambda: SamplingParams(max_tokens=np.int64(4)), "got np.int64(4); give value.item(), not NumPy's"),
     "max_tokens-nan": (lambda: SamplingParams(max_tokens=float("nan")), "max_tokens must be int | None, got nan"),
     "max_tokens-huge": (lambda: SamplingParams(max_tokens=2**64), "max_tokens must be int | None, got 18446744073709551616"),
     "max_tokens-changed-to-0": (lambda: changed(max_tokens=0), "max_tokens must be at least 1, got 0"),
@@ -83,7 +83,9 @@ PARAMETERS = {
 }  # fmt: skip
 
 IN_LIST = "prompt_token_ids must be a list of integers, got {} in it; write int(...)"
-OF_TYPE = "prompt_token_ids must be a list of integers, got {} of type {}; write [65, 66], list(...) or array.tolist()"
+OF_TYPE = (
+    "prompt_token_ids must be a list of integers, got {} of type {}; write list(...), or array.tolist() for an array"
+)
 OUTSIDE = f"prompt_token_ids must be at least 0 and below the vocabulary's size {VOCABULARY}, got {{}}; take the ids"
 PROMPTS = {
     "tuple": ((65, 66), OF_TYPE.format("(65, 66)", "tuple")),
