@@ -136,7 +136,7 @@ def check_fields(sampling_params: SamplingParams) -> None:
         try:
             # a mapping would be read as the object that it describes, which in the calling process it is not
             right = isinstance(reader.decode(msgspec.msgpack.encode(value)), dict) == isinstance(value, dict)
-        except Exception:
+        except Exception:  # a value's own code may raise anything while it is encoded; all of it means the same
             right = False
         if not right:
             remedy = (
