@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from dllm_plugin.kernels.store_kv import split_kv_cache, store_kv
 from dllm_plugin.kernels.window_attention import PagedWindows, Windows, full_attention, window_attention
-from dllm_plugin.settings import model_config_of
+from dllm_plugin.settings import model_config_of, settings_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,5 +105,5 @@ class DiffusionAttention(nn.Module, AttentionLayerBase):
             head_size=self.head_size,
             dtype=model_config_of(vllm_config).dtype,
             # tells the engine core that no prefix of a sequence stands for itself
-            non_causal=True,
+            non_causal=not settings_of(vllm_config).family.prefix_stands_alone,
         )

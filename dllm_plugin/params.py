@@ -127,7 +127,8 @@ class DiffusionParams:
     max_steps: int | None = _parameter(
         _COUNT,
         None,
-        "forward passes of a request at most, but for a preempted canvas; the last one unmasks all that is left",
+        "forward passes of a request at most, but for a preempted canvas; the last one unmasks all that is left, for block "
+        "of its block",
     )
     cache: str = _parameter(
         Rule(str, choices=("none", "prefix", "dual")),
@@ -140,9 +141,47 @@ class DiffusionParams:
         "also forward everything every this many steps of a block; 0: at its first step only",
     )
     strategy: str = _parameter(
-        Rule(str, choices=("full", "d2f")),
+        Rule(str, choices=("full", "d2f", "block")),
         "full",
-        "d2f: pipelined blocks under block-causal attention with an exact cache, for D2F checkpoints",
+        "d2f: pipelined blocks under block-causal attention with an exact cache, for D2F checkpoints. block: one block after "
+        "the other under block-causal attention, always and only for families trained so",
+    )
+    block_steps: int | None = _parameter(
+        _COUNT,
+        None,
+        "block: denoising steps of a block, or of each of its sub-blocks; default: one a position",
+    )
+    sub_block_length: int | None = _parameter(
+        _COUNT,
+        None,
+        "block: a block is unmasked sub-block after sub-block of this many positions; default: all of it",
+    )
+    entropy_bound: float | None = _parameter(
+        Rule(float, 0.0, MOST, low_excluded=True),
+        None,
+        "block: unmask the positions of least entropy while their entropies add up to less, at least one a step",
+    )
+    edit_threshold: float | None = _parameter(
+        Rule(float, 0.0, MOST),
+        None,
+        "block: replace an unmasked token of the open block where the model prefers another with a probability above it",
+    )
+    max_post_steps: int = _parameter(
+        Rule(int, 0, MOST),
+        16,
+        "block: steps of a block without a mask at most, in which tokens are only replaced",
+    )
+    preset: str | None = _parameter(
+        Rule(str, choices=("quality", "speed")),
+        None,
+        "block: quality: threshold 0.7 and edit_threshold 0.5, speed: 0.5 and 0, which are LLaDA2.1's modes; what is given "
+        "beside it holds",
+    )
+    confidence: str | None = _parameter(
+        Rule(str, choices=("plain", "tempered", "filtered")),
+        None,
+        "what probabilities are of: plain logits, those divided by the temperature, or what top_k and top_p leave of these; "
+        "default: as the family's decoder has it, for block tempered",
     )
     d2f_add_threshold: float = _parameter(
         _SHARE,
@@ -190,7 +229,8 @@ def _is_set(values: Mapping[str, Any], name: str) -> bool:
 class Conflict:
     """Two parameters of which the second cannot hold where the first is set, unless ``allows`` its value.
 
-    ``instead``: what the second gives way to, from its value; its neutral value where nothing is said.
+    ``value``: of the first, where only that one clashes. ``instead``: what the second gives way to, from its value; its
+    neutral value where nothing is said.
     """
 
     first: str
@@ -198,38 +238,78 @@ class Conflict:
     reason: str
     allows: Callable[[Any], bool] | None = None
     instead: Callable[[Any], Any] | None = None
+    value: Any = None
 
     def holds(self, values: Mapping[str, Any]) -> bool:
+        first_clashes = _is_set(values, self.first) if self.value is None else values[self.first] == self.value
         second_clashes = not self.allows(values[self.second]) if self.allows else _is_set(values, self.second)
-        return _is_set(values, self.first) and second_clashes
+        return first_clashes and second_clashes
 
     def second_instead(self, values: Mapping[str, Any]) -> Any:
         return self.instead(values[self.second]) if self.instead else getattr(_NEUTRAL, self.second)
 
 
+BLOCK = "block"  # the strategy of families under block-causal attention, which have no other
+_OF_BLOCK = ("block_steps", "sub_block_length", "entropy_bound", "edit_threshold")
+PRESETS = {  # as the card of inclusionAI/LLaDA2.1-mini names them
+    "quality": {"threshold": 0.7, "edit_threshold": 0.5},
+    "speed": {"threshold": 0.5, "edit_threshold": 0.0},
+}
 _BY_PROBABILITY = tuple(policy.name for policy in POLICIES.values() if policy.is_by_probability)
 
 
-def _compares_probabilities(name: str) -> Conflict:
+_BY_ENTROPY = tuple(policy.name for policy in POLICIES.values() if policy.ranking == "negative_entropy")
+
+
+def _compares_probabilities(name: str, value: Any = None) -> Conflict:
     return Conflict(
         name,
         "remasking",
         f"it compares probabilities, which {_BY_PROBABILITY} rank by",
         allows=_BY_PROBABILITY.__contains__,
         instead=lambda remasking: POLICIES[remasking].by_probability,
+        value=value,
     )
 
 
 CONFLICTS = (
     *(
-        Conflict("strategy", name, "d2f brings its own rule for it, or sees nothing behind its open blocks")
-        for name in ("threshold", "factor", "alg_temp", "cfg_scale", "cache", "suffix", "template")
+        Conflict(name, "strategy", "it is of the strategy 'block'", allows=BLOCK.__eq__, instead=lambda _: BLOCK)
+        for name in _OF_BLOCK
     ),
-    Conflict("threshold", "factor", "each says by itself how many positions a step unmasks"),
-    *(_compares_probabilities(name) for name in ("strategy", "threshold", "factor")),
+    *(
+        Conflict(
+            "strategy", name, "d2f brings its own rule for it, or sees nothing behind its open blocks", value="d2f"
+        )
+        for name in ("threshold", "factor", "alg_temp", "cfg_scale", "cache", "suffix", "template", "confidence")
+    ),
+    *(
+        Conflict("strategy", name, reason, allows, value=BLOCK)
+        for name, reason, allows in (
+            ("steps", "a block has steps of its own, which diffusion_block_steps counts", None),
+            ("cfg_scale", "the unconditional copy has no KV cache of its own", None),
+            ("suffix", "a position sees nothing behind its block", None),
+            ("cache", "keys and values are exact; dual forwards sub-blocks alone", ("none", "dual").__contains__),
+        )
+    ),
+    *(
+        Conflict(first, second, "each says by itself how many positions a step unmasks")
+        for first, second in (("threshold", "factor"), ("entropy_bound", "threshold"), ("entropy_bound", "factor"))
+    ),
+    Conflict("edit_threshold", "sub_block_length", "the tokens of a block are replaced until it is final as a whole"),
+    Conflict("edit_threshold", "entropy_bound", "it compares probabilities, and an entropy bound ranks by entropies"),
+    _compares_probabilities("strategy", "d2f"),
+    *(_compares_probabilities(name) for name in ("threshold", "factor", "edit_threshold")),
+    Conflict(
+        "entropy_bound",
+        "remasking",
+        f"it adds up entropies, which {_BY_ENTROPY} rank by",
+        allows=_BY_ENTROPY.__contains__,
+        instead=lambda _: _BY_ENTROPY[0],
+    ),
     *(
         Conflict(name, "alg_temp", "it takes the positions above it, and alg_temp takes positions at random")
-        for name in ("threshold", "factor")
+        for name in ("threshold", "factor", "entropy_bound")
     ),
     Conflict("cfg_scale", "cache", "the unconditional copy has no KV cache of its own"),
 )
@@ -240,6 +320,9 @@ def resolve(base: DiffusionParams, given: Mapping[str, Any], label: str) -> Diff
 
     Raises ValueError where two of the given contradict each other. ``label`` stands before their names there.
     """
+    given = PRESETS.get(given.get("preset", ""), {}) | dict(given)
+    if base.strategy == BLOCK:
+        given.setdefault("strategy", BLOCK)
     values = {name: getattr(base, name) for name in PARAMETERS}
     values |= {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     for conflict in CONFLICTS:
@@ -251,6 +334,12 @@ def resolve(base: DiffusionParams, given: Mapping[str, Any], label: str) -> Diff
             values[conflict.first] = getattr(_NEUTRAL, conflict.first)
         else:
             values[conflict.second] = conflict.second_instead(values)
+    if (values["strategy"] == BLOCK) != (base.strategy == BLOCK):
+        of_block = [name for name in ("strategy", "preset", *_OF_BLOCK) if name in given]
+        raise ValueError(
+            f"{label}strategy must be 'block' for a model trained under block-causal attention, and for no other: this model's "
+            f"is {base.strategy!r}, got {', '.join(f'{label}{name}={given[name]!r}' for name in of_block)}; leave it out"
+        )
     template = given.get("template")
     if template and HOLE not in template:
         raise ValueError(f"{label}template has no hole: put {HOLE} where a token is wanted, or ask for no generation")

@@ -76,7 +76,7 @@ def test_a_larger_step_is_expected_to_take_longer(wide, monkeypatch):
     steps.step()
     assert len(steps.emitted) == 2 and scheduler(wide).denoising and steps.table[-1] == ("B", 1)
     (denoising,) = scheduler(wide).denoising.values()
-    assert denoising.plan.step == 1
+    assert denoising.plan.timestep == 1
 
 
 def test_a_smaller_step_is_not_expected_to_be_quicker(wide, monkeypatch):
@@ -89,7 +89,7 @@ def test_a_smaller_step_is_not_expected_to_be_quicker(wide, monkeypatch):
     steps.add(*unwatched(case(10, 8, "b")))
     steps.step()
     (denoising,) = scheduler(wide).denoising.values()
-    assert denoising.plan.step == 1
+    assert denoising.plan.timestep == 1
 
 
 @pytest.mark.parametrize(

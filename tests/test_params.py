@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 
 import pytest
@@ -23,6 +23,8 @@ from dllm_plugin.params import (
 from dllm_plugin.policies import POLICIES
 
 NEUTRAL = DiffusionParams()
+BLOCK = DiffusionParams(strategy="block", block_length=4)  # of a family under block-causal attention
+OF_BLOCK = ("block_steps", "sub_block_length", "entropy_bound", "edit_threshold", "preset")
 VOCABULARY, LONGEST = 1000, 2048  # of the model that requests are for
 check_request = partial(params.check_request, vocab_size=VOCABULARY, max_model_len=LONGEST)
 NAN, INF = math.nan, math.inf
@@ -46,7 +48,14 @@ VALUES = {
     "max_steps": _COUNT,
     "cache": (list(RULES["cache"].choices), _CHOICE_WRONG),
     "cache_refresh": ([0, 1, 1_000_000], [-1, 1_000_001, 1.0, "1", True, None]),
-    "strategy": (list(RULES["strategy"].choices), _CHOICE_WRONG),
+    "strategy": (["full", "d2f"], _CHOICE_WRONG),
+    "block_steps": _COUNT,
+    "sub_block_length": _COUNT,
+    "entropy_bound": ([0.1, 1, 3.5], [0, 0.0, -1, NAN, INF, "1", True, None]),
+    "edit_threshold": _NOT_NEGATIVE,
+    "max_post_steps": ([0, 1, 1_000_000], [-1, 1_000_001, 1.0, "1", True, None]),
+    "preset": (["quality", "speed"], _CHOICE_WRONG),
+    "confidence": (["plain", "tempered", "filtered"], _CHOICE_WRONG),
     "d2f_add_threshold": _SHARE,
     "d2f_complete_threshold": _SHARE,
     "d2f_accept_threshold": _SHARE,
@@ -68,11 +77,11 @@ def test_every_parameter_has_values_here():
 
 @pytest.mark.parametrize("name, value", rows(0))
 def test_taken(name, value):
-    extras = {PREFIX + name: value}
-    check_request(extras, max_tokens=16)
-    taken = getattr(parse_request(extras, NEUTRAL), name)
+    extras, base = {PREFIX + name: value}, BLOCK if name in OF_BLOCK else NEUTRAL
+    check_request(extras, max_tokens=16, defaults=base)
+    taken = getattr(parse_request(extras, base), name)
     assert taken == (tuple(value) if isinstance(value, list) else value)
-    assert getattr(parse_engine_defaults({name: value}, NEUTRAL), name) == taken
+    assert getattr(parse_engine_defaults({name: value}, base), name) == taken
 
 
 @pytest.mark.parametrize("name, value", rows(1))
@@ -149,28 +158,92 @@ def test_positions_are_not_drawn_where_a_threshold_takes_them(pace):
     assert getattr(parse_request({"diffusion_alg_temp": 1.0}, above), pace) is None
 
 
-CONFLICTING = {  # a value of each parameter that some conflict is about
+# a value of each parameter that some conflict is about, and which two exclude each other, written out again
+CONFLICTING = {
     "strategy": "d2f", "threshold": 0.5, "factor": 1.0, "alg_temp": 1.0, "cfg_scale": 1.0, "cache": "dual",
-    "suffix": (5,), "template": (-1, 7), "remasking": "entropy",
+    "suffix": (5,), "template": (-1, 7), "remasking": "entropy", "confidence": "plain",
 }  # fmt: skip
-
-
-EXCLUSIVE = {  # written out again
-    "strategy": {"threshold", "factor", "alg_temp", "cfg_scale", "cache", "suffix", "template", "remasking"},
+EXCLUSIVE = {
+    "strategy": {
+        "threshold", "factor", "alg_temp", "cfg_scale", "cache", "suffix", "template", "remasking", "confidence"
+    },
     "threshold": {"factor", "alg_temp", "remasking"},
     "factor": {"alg_temp", "remasking"},
     "cfg_scale": {"cache"},
 }  # fmt: skip
+BLOCK_CONFLICTING = {
+    "strategy": "full", "block_steps": 2, "sub_block_length": 2, "entropy_bound": 0.5, "edit_threshold": 0.5,
+    "threshold": 0.5, "factor": 1.0, "alg_temp": 1.0, "remasking": "topk_margin", "max_post_steps": 3, "template": (-1, 7),
+    "confidence": "filtered", "max_steps": 5,
+}  # fmt: skip
+BLOCK_EXCLUSIVE = {
+    "strategy": {"block_steps", "sub_block_length", "entropy_bound", "edit_threshold"},
+    "entropy_bound": {"threshold", "factor", "alg_temp", "remasking", "edit_threshold"},
+    "edit_threshold": {"sub_block_length", "remasking"},
+    "threshold": {"factor", "alg_temp", "remasking"},
+    "factor": {"alg_temp", "remasking"},
+}
 
 
-@pytest.mark.parametrize("first, second", itertools.combinations(CONFLICTING, 2))
-def test_which_two_exclude_each_other(first, second):
-    both = {PREFIX + name: CONFLICTING[name] for name in (first, second)}
-    if second in EXCLUSIVE.get(first, ()):
+@pytest.mark.parametrize(
+    "base, first, second",
+    [
+        *((NEUTRAL, *two) for two in itertools.combinations(CONFLICTING, 2)),
+        *((BLOCK, *two) for two in itertools.combinations(BLOCK_CONFLICTING, 2)),
+    ],
+    ids=lambda one: one.strategy if isinstance(one, DiffusionParams) else one,
+)
+def test_which_two_exclude_each_other(base, first, second):
+    values, exclusive = (CONFLICTING, EXCLUSIVE) if base is NEUTRAL else (BLOCK_CONFLICTING, BLOCK_EXCLUSIVE)
+    both = {PREFIX + name: values[name] for name in (first, second)}
+    if second in exclusive.get(first, ()) or first in exclusive.get(second, ()):
         with pytest.raises(ValueError, match="exclude each other"):
-            check_request(both, 16)
+            check_request(both, 16, defaults=base)
+    elif base is BLOCK and "strategy" in (first, second):
+        with pytest.raises(ValueError, match="strategy must be 'block' for a model trained"):
+            check_request(both, 16, defaults=base)
     else:
-        check_request(both, 16)
+        check_request(both, 16, defaults=base)
+
+
+@pytest.mark.parametrize(
+    "base, extras",
+    [(BLOCK, {"strategy": "full"}), (BLOCK, {"strategy": "d2f"}), (NEUTRAL, {"strategy": "block"})]
+    + [(NEUTRAL, {name: VALUES[name][0][0]}) for name in OF_BLOCK],
+    ids=str,
+)
+def test_the_strategy_is_the_familys(base, extras):
+    """A model trained under block-causal attention has no other, and other models do not have it."""
+    (name,) = extras
+    for call in (
+        lambda: check_request({PREFIX + name: extras[name]}, 16, defaults=base),
+        lambda: parse_engine_defaults(extras, base),
+    ):
+        with pytest.raises(ValueError, match=f"strategy must be 'block' for .*{name}={extras[name]!r}"):
+            call()
+
+
+@pytest.mark.parametrize("name, value", [("steps", 4), ("cfg_scale", 1.0), ("suffix", [5]), ("cache", "prefix")])
+def test_what_a_block_cannot_have(name, value):
+    with pytest.raises(ValueError, match=f"diffusion_strategy='block' and diffusion_{name}=.* exclude each other"):
+        check_request({PREFIX + name: value}, 16, defaults=BLOCK)
+
+
+@pytest.mark.parametrize(
+    "given, threshold, edit_threshold",
+    [
+        ({"preset": "quality"}, 0.7, 0.5),
+        ({"preset": "speed"}, 0.5, 0.0),
+        ({"preset": "speed", "threshold": 0.6}, 0.6, 0.0),
+        ({"preset": "quality", "edit_threshold": 0.9}, 0.7, 0.9),
+    ],
+)
+def test_presets(given, threshold, edit_threshold):
+    for resolved in (
+        parse_request({PREFIX + name: value for name, value in given.items()}, BLOCK),
+        parse_engine_defaults(given, BLOCK),
+    ):
+        assert (resolved.threshold, resolved.edit_threshold, resolved.strategy) == (threshold, edit_threshold, "block")
 
 
 def test_a_template_is_the_canvas():
@@ -183,18 +256,24 @@ def test_a_template_is_the_canvas():
     assert parse_request({"diffusion_canvas_length": 4}, DiffusionParams(template=(-1, 7, -1))).canvas_length == 4
 
 
-@pytest.mark.parametrize("conflict", CONFLICTS, ids=lambda one: f"{one.first}-{one.second}")
+@pytest.mark.parametrize(
+    "conflict",
+    [one for one in CONFLICTS if one.second != "strategy" and one.value != "block"],
+    ids=lambda one: f"{one.first}-{one.second}",
+)
 def test_of_two_that_exclude_each_other_the_default_gives_way(conflict):
-    first, second = ({name: CONFLICTING[name]} for name in (conflict.first, conflict.second))
+    is_block = conflict.first in OF_BLOCK
+    values, neutral = (BLOCK_CONFLICTING, BLOCK) if is_block else (CONFLICTING, NEUTRAL)
+    first, second = ({name: values[name]} for name in (conflict.first, conflict.second))
     with pytest.raises(
         ValueError, match=f"diffusion_{conflict.first}=.* exclude each other: {re.escape(conflict.reason)}"
     ):
-        parse_request({PREFIX + name: value for name, value in (first | second).items()}, NEUTRAL)
+        parse_request({PREFIX + name: value for name, value in (first | second).items()}, neutral)
     with pytest.raises(ValueError, match="exclude each other"):
-        parse_engine_defaults(first | second, NEUTRAL)
+        parse_engine_defaults(first | second, neutral)
     for asked, default in ((first, second), (second, first)):
         (name,) = asked
-        resolved = parse_request({PREFIX + name: asked[name]}, DiffusionParams(**default))
+        resolved = parse_request({PREFIX + name: asked[name]}, replace(neutral, **default))
         assert getattr(resolved, name) == asked[name]
         assert not any(one.holds({each: getattr(resolved, each) for each in RULES}) for one in CONFLICTS)
 

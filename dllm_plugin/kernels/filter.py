@@ -1,4 +1,4 @@
-"""Top-k and top-p filtering of logits, in Dream's order: temperature, then top-p, then top-k.
+"""Top-k and top-p filtering of logits: temperature, then top-p, then top-k, as Dream has it; or top-k first, as SDAR has it.
 
 Top-p keeps the most probable columns up to and including the one that carries their sum past `top_p`, so at least one;
 top-k keeps every column that is not below the k-th largest. Filtered columns become `-inf`. The best column that may be
@@ -25,12 +25,14 @@ def filter_top_k_top_p(
     top_k: Tensor | None,
     top_p: Tensor | None,
     *,
+    k_first: Tensor | None = None,
     no_choice: Tensor | None = None,
 ) -> Tensor:
     """Filtered fp32 copy of `logits` [rows, vocab], any float dtype.
 
-    `temperature` [rows] floating (0: greedy), `top_k` [rows] integer (0: off), `top_p` [rows] floating (1: off), `no_choice`
-    [rows, A] int64 padded with -1, where ids past the vocabulary are ignored too; each may be None.
+    `temperature` [rows] floating (0: greedy), `top_k` [rows] integer (0: off), `top_p` [rows] floating (1: off), `k_first`
+    [rows] bool: top-k comes before top-p, `no_choice` [rows, A] int64 padded with -1, where ids past the vocabulary are ignored
+    too; each may be None.
     """
     _check(logits, temperature, top_k, top_p, no_choice)
     x = logits.to(torch.float32, copy=True)
@@ -42,15 +44,22 @@ def filter_top_k_top_p(
     step = max(_SCRATCH_BYTES // (_BYTES_PER_COLUMN * vocab), 1)
     for first in range(0, rows, step):
         block = slice(first, first + step)
-        _filter(x[block], *(None if tensor is None else tensor[block] for tensor in (top_k, top_p, no_choice)))
+        _filter(x[block], *(None if tensor is None else tensor[block] for tensor in (top_k, top_p, k_first, no_choice)))
     return x
 
 
-def _filter(x: Tensor, top_k: Tensor | None, top_p: Tensor | None, no_choice: Tensor | None) -> None:
+def _filter(
+    x: Tensor, top_k: Tensor | None, top_p: Tensor | None, k_first: Tensor | None, no_choice: Tensor | None
+) -> None:
     """Filters a block of rows in place."""
     vocab = x.shape[1]
     best = _best_allowed(x, no_choice)
     values, column = x.sort(dim=1, descending=True, stable=True)
+    if top_k is not None:
+        kth = values.gather(1, torch.where(top_k > 0, top_k, vocab).clamp(max=vocab).to(torch.int64)[:, None] - 1)
+        is_below = values < kth
+        if k_first is not None:
+            values.masked_fill_(is_below & k_first[:, None], float("-inf"))
     if top_p is not None:
         mass = values.softmax(1)
         torch.cumsum(mass, 1, out=mass)
@@ -59,8 +68,7 @@ def _filter(x: Tensor, top_k: Tensor | None, top_p: Tensor | None, no_choice: Te
         # A column goes by the mass of those ranked before it, so the first one stays.
         values[:, 1:].masked_fill_(mass[:, :-1] > limit[:, None], float("-inf"))
     if top_k is not None:
-        kth = values.gather(1, torch.where(top_k > 0, top_k, vocab).clamp(max=vocab).to(torch.int64)[:, None] - 1)
-        values.masked_fill_(values < kth, float("-inf"))
+        values.masked_fill_(is_below, float("-inf"))
     x.scatter_(1, column, values)
     # finite, so that it can be chosen; where it was filtered its probability is 0
     x.scatter_(1, best, x.gather(1, best).clamp(min=torch.finfo(torch.float32).min))

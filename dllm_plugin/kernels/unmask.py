@@ -10,7 +10,9 @@ first n, where n is the largest of, and at most the number of rows,
 
 * `quota`;
 * the number of rows whose confidence is greater than `threshold` (strictly; +inf is off);
-* with `factor` f > 0, the longest prefix of the order with `c_k >= 1 - f / (k + 1)` for its ranks k >= 2; rank 1 always counts.
+* with `factor` f > 0, the longest prefix of the order with `c_k >= 1 - f / (k + 1)` for its ranks k >= 2; rank 1 always counts;
+* with `entropy_bound` g > 0, where confidences are negated entropies, the longest prefix whose entropies, added up in float64,
+  stay below g.
 
 So a quota is (q, inf, 0), Fast-dLLM's threshold (1, t, 0), a semi-activated D2F block (0, t, 0). Public factor code also
 accepts a last rank that fails alone, an off-by-one of its loop; here it does not.
@@ -43,6 +45,7 @@ class Segments:
     quota: Tensor  # [num_segments] int32, and the rest has an entry a segment too
     threshold: Tensor | None = None  # fp32
     factor: Tensor | None = None  # fp32
+    entropy_bound: Tensor | None = None  # fp32
     alg_temp: Tensor | None = None  # fp32
     seed: Tensor | None = None  # int64, needed with `alg_temp` as the next is
     step: Tensor | None = None  # int64
@@ -113,6 +116,8 @@ def unmask_rule(
             rank = torch.arange(1, len(cell) + 1, device=cell.device)
             passes = (rank == 1) | (value[order] >= 1 - segments.factor[segment] / (rank + 1))
             count = max(count, int(passes.cumprod(0).sum()))
+        if segments.entropy_bound is not None and segments.entropy_bound[segment] > 0:
+            count = max(count, int(((-value[order].double()).cumsum(0) < segments.entropy_bound[segment]).sum()))
         taken = order[:count]
         tokens[cell[taken]], masked[cell[taken]] = new[taken].to(tokens.dtype), False
         remaining.append(len(cell) - len(taken))
@@ -164,6 +169,12 @@ def unmask_cpu(
         prefix = length.copy()
         np.minimum.at(prefix, segment[fails], rank[fails])
         count = np.maximum(count, np.where(factor > 0, prefix, 0))
+    if segments.entropy_bound is not None:
+        bound = segments.entropy_bound.cpu().numpy()
+        entropies = -value[order].astype(np.float64)
+        for number in np.flatnonzero(bound > 0):
+            total = entropies[begin[number] : end[number]].cumsum()
+            count[number] = max(count[number], (total < bound[number]).sum())
     count = np.minimum(np.maximum(count, 0), length)
 
     taken = order[row < (begin + count)[segment]]
@@ -208,6 +219,7 @@ def _check(canvas_tokens: Tensor, canvas_masked: Tensor, segments: Segments, tok
         ("quota", segments.quota, num_segments, torch.int32),
         ("threshold", segments.threshold, num_segments, torch.float32),
         ("factor", segments.factor, num_segments, torch.float32),
+        ("entropy_bound", segments.entropy_bound, num_segments, torch.float32),
         ("alg_temp", segments.alg_temp, num_segments, torch.float32),
         ("seed", segments.seed, num_segments, torch.int64),
         ("step", segments.step, num_segments, torch.int64),
@@ -231,7 +243,8 @@ def unmask_triton(
     slot = segments.slot.contiguous()
     request_start_loc, *inputs = contiguous(
         segments.request_start_loc, segments.segment_start_loc, segments.row_cell, token, confidence,
-        segments.quota, segments.threshold, segments.factor, segments.alg_temp, segments.seed, segments.step,
+        segments.quota, segments.threshold, segments.factor, segments.entropy_bound, segments.alg_temp, segments.seed,
+        segments.step,
     )  # fmt: skip
     num_segments = len(segments.quota)
     rank, summary = (

@@ -7,7 +7,7 @@ from dllm_plugin.kernels.dispatch import tl, triton
 @triton.jit
 def unmask_kernel(
     canvas_tokens_ptr, canvas_masked_ptr, slot_ptr, request_start_loc_ptr, segment_start_loc_ptr, row_cell_ptr,
-    token_ptr, confidence_ptr, quota_ptr, threshold_ptr, factor_ptr, alg_temp_ptr, seed_ptr, step_ptr,
+    token_ptr, confidence_ptr, quota_ptr, threshold_ptr, factor_ptr, entropy_bound_ptr, alg_temp_ptr, seed_ptr, step_ptr,
     rank_ptr, remaining_ptr, unmasked_prefix_ptr,
     max_canvas,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ORDER: tl.constexpr, SKIP_UNMASKED: tl.constexpr,
@@ -27,6 +27,7 @@ def unmask_kernel(
         length = end - begin
         unmasked = 0
         above = 0
+        below_bound = 0
         prefix = length
         for first in range(begin, end, BLOCK):
             row = first + tl.arange(0, BLOCK)
@@ -37,6 +38,7 @@ def unmask_kernel(
                 row, live, segment, canvas, row_cell_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, step_ptr, ORDER
             )
             rank = tl.zeros([BLOCK], tl.int32)
+            entropy_ahead = tl.zeros([BLOCK], tl.float64)
             for other_first in range(begin, end, BLOCK):
                 other = other_first + tl.arange(0, BLOCK)
                 other_live = _live(other, end, canvas_masked_ptr, row_cell_ptr, SKIP_UNMASKED)
@@ -47,12 +49,19 @@ def unmask_kernel(
                 ahead = (rival[None, :] > score[:, None]) | (
                     (rival[None, :] == score[:, None]) & (other[None, :] < row[:, None])
                 )
-                rank += tl.sum((ahead & other_live[None, :]).to(tl.int32), 1)
+                ahead &= other_live[None, :]
+                rank += tl.sum(ahead.to(tl.int32), 1)
+                if entropy_bound_ptr is not None:
+                    its = -tl.load(confidence_ptr + other, mask=other_live, other=0.0).to(tl.float64)
+                    entropy_ahead += tl.sum(tl.where(ahead, its[None, :], 0.0), 1)
             rank = tl.where(live, rank, length)  # not below any count
             tl.store(rank_ptr + row, rank, mask=row < end)
             c = tl.load(confidence_ptr + row, mask=live, other=float("-inf"))
             if threshold_ptr is not None:
                 above += tl.sum((c > tl.load(threshold_ptr + segment)).to(tl.int32), 0)
+            if entropy_bound_ptr is not None:
+                below = entropy_ahead - c.to(tl.float64) < tl.load(entropy_bound_ptr + segment)
+                below_bound += tl.sum((live & below).to(tl.int32), 0)
             if factor_ptr is not None:
                 passes = c >= 1 - tl.load(factor_ptr + segment) / (rank + 2).to(tl.float32)
                 failed_rank = tl.where(live & (rank > 0) & (passes == 0), rank, length)
@@ -61,6 +70,8 @@ def unmask_kernel(
         count = tl.maximum(tl.load(quota_ptr + segment), above)
         if factor_ptr is not None:
             count = tl.where(tl.load(factor_ptr + segment) > 0, tl.maximum(count, prefix), count)
+        if entropy_bound_ptr is not None:
+            count = tl.where(tl.load(entropy_bound_ptr + segment) > 0, tl.maximum(count, below_bound), count)
         count = tl.minimum(tl.maximum(count, 0), length - unmasked)
         tl.store(remaining_ptr + segment, length - unmasked - count)
 

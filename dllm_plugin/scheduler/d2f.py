@@ -6,7 +6,8 @@ State machine of zhijie-group/Discrete-Diffusion-Forcing:D2F-eval/eval_dream.py 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dllm_plugin.scheduler.window import ActiveBlock, Attention, Plan, Window
+from dllm_plugin.scheduler.plan import Plan
+from dllm_plugin.scheduler.window import ActiveBlock, Attention, Window
 
 DEFAULT_BLOCK_LENGTH = 32
 
@@ -64,8 +65,8 @@ class D2FPlan(Plan):
         room = not params.d2f_max_blocks or len(self._open) - first < params.d2f_max_blocks
         return room and self._open[-1].progress >= params.d2f_add_threshold
 
-    def _record(self, num_masked: Sequence[int], eos_is_taken: bool, num_passes: int) -> None:
-        self.step += num_passes
+    def _record(self, num_masked: Sequence[int], eos_is_taken: bool, num_passes: int, num_edited: int) -> None:
+        self.timestep += num_passes
         if self.steps_are_spent:
             self._open, self._next_start = [], self.canvas_end
             return
@@ -86,7 +87,7 @@ class D2FPlan(Plan):
             start=max(0, self._cached_until - self.shift),
             end=end,
             visible=end,
-            step=self.step,
+            timestep=self.timestep,
             blocks=tuple(
                 ActiveBlock(b.start, b.end, b.num_masked, int(b.must_progress), params.d2f_accept_threshold)
                 for b in active

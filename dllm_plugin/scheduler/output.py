@@ -54,12 +54,14 @@ class DiffusionModelRunnerOutput(ModelRunnerOutput):
 
     ``num_emitted``: request id to the number of them that each step brought, as many steps as were run. ``num_masked``:
     request id to the number of positions still masked in each block that was active, after each of the steps.
-    ``eos_is_taken``: requests of which an active block holds EOS, masks before it or not.
+    ``eos_is_taken``: requests of which an active block holds EOS, masks before it or not. ``num_edited``: request id to the
+    number of tokens that the last step replaced.
     """
 
     num_emitted: dict[str, list[int]] = field(default_factory=dict)
     num_masked: dict[str, list[list[int]]] = field(default_factory=dict)
     eos_is_taken: set[str] = field(default_factory=set)
+    num_edited: dict[str, int] = field(default_factory=dict)
 
     def add_idle(self, request_ids: Iterable[str]) -> None:
         """Give those of the requests that had no window an output without tokens."""

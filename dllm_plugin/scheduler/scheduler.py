@@ -23,11 +23,12 @@ from vllm.v1.request import Request, RequestStatus
 
 from dllm_plugin.compat import end_with_error
 from dllm_plugin.kernels import philox
-from dllm_plugin.params import HOLE, DiffusionParams, parse_request
+from dllm_plugin.params import DiffusionParams, parse_request
 from dllm_plugin.scheduler.output import DiffusionModelRunnerOutput, DiffusionSchedulerOutput, NewCanvas
+from dllm_plugin.scheduler.plan import Plan
 from dllm_plugin.scheduler.strategies import make_plan
 from dllm_plugin.scheduler.turns import Turns
-from dllm_plugin.scheduler.window import Plan, Window
+from dllm_plugin.scheduler.window import Window
 from dllm_plugin.settings import settings_of
 
 # Steps that run between two calls of the scheduler, and how long a request that arrives may have to wait for them.
@@ -45,6 +46,9 @@ class Denoising:
     suffix_ids: list[int]
     seed: int
     unwatched: bool  # nobody sees its tokens, nor can end it, before a token does
+    shares_pages: bool  # other requests may read the keys and values of its prefix, and it theirs
+    reserved: int = 0  # positions that have pages
+    shared: int = 0  # positions whose full pages others can find
 
 
 class DiffusionScheduler(Scheduler):
@@ -70,6 +74,10 @@ class DiffusionScheduler(Scheduler):
         self._scheduled_at, self._step_seconds, self._step_tokens = 0.0, math.inf, 1  # of the last steps
         # of each request, steps to be recorded: masks before, tokens emitted
         self._steps_run: dict[str, list[tuple[int, int]]] = {}
+        if self.kv_cache_manager.enable_caching:
+            # a page ends within a block where the block is no part of it, and its keys depend on what follows
+            coordinator: Any = self.kv_cache_manager.coordinator
+            coordinator.block_size = math.lcm(coordinator.block_size, self.settings.defaults.block_length or 1)
         self._allocate_slots = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_canvas  # type: ignore[method-assign]  # that is the seam
 
@@ -88,8 +96,11 @@ class DiffusionScheduler(Scheduler):
                 # what follows the first prompt of a session is kept there and never read
                 request.resumable, request.streaming_queue = False, deque()
                 request.priority = 0
-                denoising = self._begin_denoising(request, DiffusionParams(remasking=self.settings.defaults.remasking))
+                denoising = self._begin_denoising(
+                    request, replace(self.settings.defaults, suffix=(), template=(), cfg_scale=0.0)
+                )
             self.denoising[request.request_id] = denoising
+            request.skip_reading_prefix_cache |= not denoising.shares_pages
             request.spec_decode_metrics = RequestSpecDecodeMetrics.new(denoising.plan.next_canvas_length)
         super().add_request(request)
 
@@ -98,10 +109,14 @@ class DiffusionScheduler(Scheduler):
             request.num_computed_tokens = request.num_tokens - 1  # one token in vLLM's count
         output = super().schedule(throttle_prefills)
         # the worker has no canvas of these: they are new, or were preempted
-        begun = {data.req_id for data in output.scheduled_new_reqs} | output.scheduled_cached_reqs.resumed_req_ids
+        begun = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        cached = output.scheduled_cached_reqs
+        computed = zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+        begun |= {req_id: number for req_id, number in computed if req_id in cached.resumed_req_ids}
         canvases = {}
         for req_id in output.num_scheduled_tokens:
             plan = self.denoising[req_id].plan
+            plan.num_cached = begun.get(req_id, plan.num_cached)
             if plan.canvas_is_full:
                 plan.start_canvas()
                 canvases[req_id] = self._new_canvas(self.requests[req_id])
@@ -126,11 +141,18 @@ class DiffusionScheduler(Scheduler):
                 if (denoising := self.denoising.get(req_id)) is None:
                     continue  # aborted while the steps ran
                 num_masked = model_runner_output.num_masked[req_id]
-                denoising.plan.advance(num_masked[-1], req_id in model_runner_output.eos_is_taken, num_run)
+                num_emitted = model_runner_output.num_emitted[req_id]
+                denoising.plan.advance(
+                    num_masked[-1],
+                    req_id in model_runner_output.eos_is_taken,
+                    num_run,
+                    num_emitted=sum(num_emitted),
+                    num_edited=model_runner_output.num_edited[req_id],
+                )
+                self._share_pages(req_id)
                 if req_id in self.grammar_compile_error_reqs:  # vLLM ends it with an error; nothing else may
                     model_runner_output.sampled_token_ids[i] = []
                     continue
-                num_emitted = model_runner_output.num_emitted[req_id]
                 num_before = [block.num_masked for block in scheduler_output.steps[0][req_id].blocks]
                 self._steps_run[req_id] = [
                     (sum(before), emitted)
@@ -212,10 +234,22 @@ class DiffusionScheduler(Scheduler):
         watched = sampling.output_kind != RequestOutputKind.FINAL_ONLY or sampling.stop or sampling.repetition_detection
         seed = self._draw_seed(63) if sampling.seed is None else philox.signed_64_bits(sampling.seed)
         return Denoising(
-            plan=make_plan(params, num_prompt, limit, self.settings.shift, len(suffix_ids), seed),
+            plan=make_plan(
+                params,
+                num_prompt,
+                limit,
+                self.settings.shift,
+                len(suffix_ids),
+                seed,
+                longest=self.max_model_len,
+                most_tokens=self._turns.budget,
+            ),
             suffix_ids=suffix_ids,
             seed=seed,
             unwatched=not watched,
+            # keys and values of other blocks are others
+            shares_pages=self.kv_cache_manager.enable_caching
+            and params.block_length == self.settings.defaults.block_length,
         )
 
     def _suffix_ids(self, params: DiffusionParams) -> list[int]:
@@ -254,13 +288,25 @@ class DiffusionScheduler(Scheduler):
     def _allocate_canvas(
         self, request: Request, num_new_tokens: int, num_new_computed_tokens: int = 0, *args: Any, **kwargs: Any
     ) -> KVCacheBlocks | None:
-        """vLLM's ``allocate_slots``, reserving the whole canvas so that its later windows always have their pages."""
-        plan = self.denoising[request.request_id].plan
-        if request.status == RequestStatus.RUNNING and not plan.canvas_is_full:
-            return self.kv_cache_manager.empty_kv_cache_blocks  # reserved with the canvas
+        """vLLM's ``allocate_slots``, reserving what the plan's next windows need: a whole canvas, or a block."""
+        denoising = self.denoising[request.request_id]
+        needed = denoising.plan.reserved_length
+        if request.status == RequestStatus.RUNNING and needed <= denoising.reserved:
+            return self.kv_cache_manager.empty_kv_cache_blocks
         known = request.num_computed_tokens + num_new_computed_tokens + num_new_tokens
-        kwargs["num_lookahead_tokens"] = max(0, plan.next_length - known)
-        return self._allocate_slots(request, num_new_tokens, num_new_computed_tokens, *args, **kwargs)
+        kwargs |= {"num_lookahead_tokens": max(0, needed - known), "delay_cache_blocks": True}
+        pages = self._allocate_slots(request, num_new_tokens, num_new_computed_tokens, *args, **kwargs)
+        if pages is not None:
+            denoising.reserved, denoising.shared = needed, denoising.shared * (request.status == RequestStatus.RUNNING)
+        return pages
+
+    def _share_pages(self, req_id: str) -> None:
+        """Let other requests find the pages of the prefix whose keys and values will not change any more."""
+        denoising, request = self.denoising[req_id], self.requests[req_id]
+        exact = min(denoising.plan.num_cached, request.num_tokens)
+        if denoising.shares_pages and exact > denoising.shared:
+            self.kv_cache_manager.cache_blocks(request, exact)
+            denoising.shared = exact
 
     def _new_canvas(self, request: Request) -> NewCanvas:
         denoising, sampling = self.denoising[request.request_id], sampling_of(request)
@@ -268,7 +314,7 @@ class DiffusionScheduler(Scheduler):
         eos_token_id = -1 if sampling.eos_token_id is None else sampling.eos_token_id
         return NewCanvas(
             token_ids=request.all_token_ids[: plan.canvas_start],
-            canvas_ids=list(plan.params.template) or [HOLE] * plan.canvas_length,
+            canvas_ids=plan.canvas_ids,
             suffix_ids=denoising.suffix_ids,
             num_emitted=request.num_tokens - plan.canvas_start,
             eos_token_id=eos_token_id,

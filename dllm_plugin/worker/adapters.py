@@ -57,7 +57,7 @@ class AdapterMixin(LoRAModelRunnerMixin):
             adapters = [adapter or NO_ADAPTER for adapter in adapters]
         ids = np.array([adapter.lora_int_id if adapter else 0 for adapter in adapters])
         of_token = ids[np.repeat(batch.layout.window_request, batch.layout.window_length)]
-        of_row = np.repeat(ids, [sum(block.num_masked for block in window.blocks) for window in batch.windows])
+        of_row = ids[batch.row_request.numpy(force=True)]
         self._set_active_loras(tuple(of_row.tolist()), tuple(of_token.tolist()), {a for a in adapters if a})
 
     def list_loras(self) -> set[int]:

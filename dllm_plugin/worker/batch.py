@@ -20,6 +20,10 @@ from dllm_plugin.worker.ranking import DRAWN
 _NUMPY = {torch.int32: np.int32, torch.int64: np.int64, torch.float32: np.float32}
 
 
+# what of a block goes to the device as float32, and its value where it is off
+BLOCK_FLOATS = {"threshold": np.inf, "factor": 0.0, "entropy_bound": 0.0, "edit_threshold": np.inf}
+
+
 @dataclass(frozen=True, slots=True)
 class Needs:
     """What the requests of a step ask of the choice between them; what none asks for is not computed."""
@@ -28,9 +32,9 @@ class Needs:
     sampling: bool
     filters: bool
     suppression: bool
+    unfiltered: bool
     random_order: bool
-    thresholds: bool
-    factors: bool
+    block_floats: tuple[str, ...]  # fields of `ActiveBlock` that some block has set
     pipelined: bool
 
     @classmethod
@@ -40,15 +44,23 @@ class Needs:
             sampling=any(canvas.temperature > 0 for canvas in canvases),
             filters=any(canvas.top_k > 0 or canvas.top_p < 1 for canvas in canvases),
             suppression=any(canvas.params.eos_suppression != "none" for canvas in canvases),
+            unfiltered=any(canvas.params.confidence in ("plain", "tempered") for canvas in canvases),
             random_order=any(canvas.params.alg_temp > 0 for canvas in canvases),
-            thresholds=any(block.threshold < np.inf for window in windows for block in window.blocks),
-            factors=any(block.factor > 0 for window in windows for block in window.blocks),
+            block_floats=tuple(
+                name
+                for name, default in BLOCK_FLOATS.items()
+                if any(getattr(block, name) != default for window in windows for block in window.blocks)
+            ),
             pipelined=any(window.pipelined for window in windows),
         )
 
     @property
     def noise(self) -> bool:
         return self.sampling or not DRAWN.isdisjoint(self.rankings)
+
+    @property
+    def edits(self) -> bool:
+        return "edit_threshold" in self.block_floats
 
     @property
     def per_row(self) -> bool:
@@ -84,7 +96,7 @@ class Layout:
     offsets: torch.Tensor  # [n] 0, 1, ...: no step brings a request more than n tokens
     token_index: torch.Tensor  # [tokens], into the flattened store
     positions: torch.Tensor  # [tokens], in the sequence
-    # [4, places]: index in the flattened store, the token whose logits predict it, position in the sequence, request
+    # [5, places]: index in the flattened store, the token whose logits predict it, position in the sequence, request, block
     places: torch.Tensor
     block_request: torch.Tensor  # [blocks]
     place_start_loc: torch.Tensor  # [blocks + 1] int32, places of a block
@@ -100,6 +112,10 @@ class Layout:
     def place_request(self) -> torch.Tensor:
         return self.places[3]
 
+    @property
+    def place_block(self) -> torch.Tensor:
+        return self.places[4]
+
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
@@ -114,9 +130,11 @@ class StepBatch:
     row_position: torch.Tensor  # [rows] int64
     row_request: torch.Tensor  # [rows] int64
     numbers: torch.Tensor  # int32, the next two end to end, the segments' quotas, and the row starts where they change
-    step: torch.Tensor  # [requests]
+    timestep: torch.Tensor  # [requests]
     first_open: torch.Tensor  # [requests], index in the flattened store of the first position that is not emitted
+    floats: torch.Tensor  # float32 [needs.block_floats, blocks]
     segments: Segments  # the blocks and their rows, without what orders them at random
+    edit_threshold: torch.Tensor | None  # [blocks] float32
 
     def split(self, most: int) -> Iterator["StepBatch"]:
         """Batches of at most so many of the rows each; this one where it has no more."""
@@ -155,27 +173,31 @@ class BatchBuilder:
         store = self.store
         key = (
             store.tokens.shape[1],
-            *((store.requests[i].serial, w.start, w.end, *[b[:2] for b in w.blocks]) for i, w in windows.items()),
+            *(
+                (store.requests[i].serial, w.start, w.end, w.visible, *[b[:2] for b in w.blocks])
+                for i, w in windows.items()
+            ),
         )
         if self._layout is None or self._layout.key != key:
             self._layout = self._new_layout(key, windows)
         return self._layout
 
     def build(self, windows: dict[str, Window], layout: Layout, every_place: bool = False) -> StepBatch:
-        store = self.store
+        """The batch of a step. Rows are the masked places, or every place where a graph or an edit asks for them."""
+        store, every_place = self.store, every_place or layout.needs.edits
         requests = [store.requests[request_id] for request_id in layout.request_ids]
         steps = [windows[request_id] for request_id in layout.request_ids]
         blocks = [block for window in steps for block in window.blocks]
         row_loc = [] if every_place else [*accumulate([block.num_masked for block in blocks], initial=0)]
         stride = store.tokens.shape[1]
         lists = (
-            [window.step for window in steps],
+            [window.timestep for window in steps],
             [request.slot * stride + request.emitted for request in requests],
             [block.quota for block in blocks],
             row_loc,
         )
         numbers = pack(store.device, *lists, dtype=torch.int32)
-        step, first_open, quota, row_start_loc = numbers.split_with_sizes([len(part) for part in lists])
+        timestep, first_open, quota, row_start_loc = numbers.split_with_sizes([len(part) for part in lists])
         if every_place:
             rows, row_start_loc = layout.places, layout.place_start_loc
         else:
@@ -183,12 +205,10 @@ class BatchBuilder:
             masked = store.masked.view(-1).index_select(0, layout.place_index)
             row_place = torch.nonzero_static(masked, size=row_loc[-1]).view(-1)
             rows = layout.places.index_select(1, row_place)
-        row_cell, row_token, row_position, row_request = rows.unbind()
-        threshold = factor = None
-        if layout.needs.thresholds:
-            threshold = pack(store.device, [block.threshold for block in blocks], dtype=torch.float32)
-        if layout.needs.factors:
-            factor = pack(store.device, [block.factor for block in blocks], dtype=torch.float32)
+        row_cell, row_token, row_position, row_request, _ = rows.unbind()
+        names = layout.needs.block_floats
+        floats = pack(store.device, [getattr(block, name) for name in names for block in blocks], dtype=torch.float32)
+        of_block = dict(zip(names, floats.view(len(names), len(blocks)), strict=True))
         return StepBatch(
             layout=layout,
             windows=steps,
@@ -198,18 +218,21 @@ class BatchBuilder:
             row_position=row_position,
             row_request=row_request,
             numbers=numbers,
-            step=step,
+            timestep=timestep,
             first_open=first_open,
+            floats=floats,
             segments=Segments(
                 slot=layout.slots,
                 request_start_loc=layout.request_start_loc,
                 segment_start_loc=row_start_loc,
                 row_cell=row_cell,
                 quota=quota,
-                threshold=threshold,
-                factor=factor,
+                threshold=of_block.get("threshold"),
+                factor=of_block.get("factor"),
+                entropy_bound=of_block.get("entropy_bound"),
                 skip_unmasked=every_place,
             ),
+            edit_threshold=of_block.get("edit_threshold"),
         )
 
     def input_ids(self, layout: Layout) -> torch.Tensor:
@@ -242,7 +265,8 @@ class BatchBuilder:
         block_request = np.array([i for i, _ in blocks], dtype=np.int64)
         block_start = np.array([block.start for _, block in blocks], dtype=np.int64)
         block_length = np.array([block.end for _, block in blocks], dtype=np.int64) - block_start
-        place_request = np.repeat(block_request, block_length)
+        place_block = np.repeat(np.arange(len(blocks)), block_length)
+        place_request = block_request[place_block]
         place_position = ranges(block_start, block_length)
         first_token = window_loc[block_request] + block_start - start[len(guided) :][block_request] - self.shift
 
@@ -267,7 +291,9 @@ class BatchBuilder:
             device,
             np.repeat(slot[of] * stride, length) + position,
             position,
-            np.concatenate([place_index, ranges(first_token, block_length), place_position, place_request]),
+            np.concatenate(
+                [place_index, ranges(first_token, block_length), place_position, place_request, place_block]
+            ),
             slot,
             block_request,
             np.arange(power_of_two(max_growth(requests, steps))),
@@ -285,7 +311,7 @@ class BatchBuilder:
             offsets=offsets,
             token_index=token_index,
             positions=positions,
-            places=places.view(4, -1),
+            places=places.view(5, -1),
             block_request=block_requests,
             place_start_loc=place_loc,
             request_start_loc=None if one_block_each else request_loc,

@@ -39,11 +39,7 @@ class Recorded:
             for (_, target), (_, source) in zip(tensors_of(self.batch.layout), tensors_of(batch.layout), strict=True):
                 target.copy_(source)
         self.batch.numbers.copy_(batch.numbers)
-        own, other = self.batch.segments, batch.segments
-        for mine, its in ((own.threshold, other.threshold), (own.factor, other.factor)):
-            if its is not None:
-                assert mine is not None  # batches of one shape need the same
-                mine.copy_(its)
+        self.batch.floats.copy_(batch.floats)
 
 
 class StepGraphs:

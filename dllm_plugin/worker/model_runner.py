@@ -19,7 +19,8 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.utils import allocate_kv_cache
 
 from dllm_plugin.attention import DiffusionAttention, WindowBatch
-from dllm_plugin.kernels.confidence import Choice, confidence
+from dllm_plugin.kernels.confidence import Choice, Confidence, confidence
+from dllm_plugin.kernels.edit import Rows, edit
 from dllm_plugin.kernels.filter import filter_top_k_top_p
 from dllm_plugin.kernels.unmask import Unmasked, unmask
 from dllm_plugin.kernels.window_attention import Windows
@@ -32,7 +33,7 @@ from dllm_plugin.worker.batch import BatchBuilder, Layout, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
 from dllm_plugin.worker.graphs import Shape, StepGraphs
 from dllm_plugin.worker.progress import Progress
-from dllm_plugin.worker.ranking import RANKING_VALUES, RankedRows
+from dllm_plugin.worker.ranking import RANKING_VALUES, RankedRows, given
 from dllm_plugin.worker.summary import Summary, summarize
 
 # Rows of logits are computed in chunks of about this size, whatever the batch asks for.
@@ -76,7 +77,7 @@ class DiffusionModelRunner(AdapterMixin):
         layout = self.batches.lay_out(scheduler_output.steps[0])  # of all steps
         progress = Progress(layout, self.state)
         # a threshold tells how many masks are left, and with it what the next step is, only when a step has been read
-        by_quota = not (layout.needs.thresholds or layout.needs.factors)
+        by_quota = not layout.needs.block_floats
         assert self.graphs is not None
         run = self.run_overlapped if self.overlaps and by_quota else self.run_one_by_one
         run(scheduler_output.steps, partial(self.launch, layout, self.graphs.take(layout)), progress)
@@ -109,11 +110,12 @@ class DiffusionModelRunner(AdapterMixin):
         return Summary(batch, self.graphs.denoise(batch, shape) if shape else self.denoise(batch))
 
     def denoise(self, batch: StepBatch) -> torch.Tensor:
-        """One step on the device, without a word from the host: forward, choose, unmask, summarize."""
+        """One step on the device, without a word from the host: forward, choose, edit, unmask, summarize."""
         hidden_states = self.forward(batch)
         token, ranking = self.choose(hidden_states, batch)
+        num_edited = self.edit(batch, token, ranking)
         unmasked = self.unmask(batch, token, ranking)
-        return summarize(batch, unmasked, self.state)
+        return summarize(batch, unmasked, num_edited, self.state)
 
     def update_canvases(self, scheduler_output: DiffusionSchedulerOutput) -> None:
         pages = self.batches.pages
@@ -172,10 +174,7 @@ class DiffusionModelRunner(AdapterMixin):
         slot = batch.slots[batch.row_request] if needs.per_row else None
         no_choice = state.no_choice[slot] if needs.suppression else state.forbidden_mask.expand(len(position), 1)
         temperature = state.temperature[slot] if needs.sampling else None
-        seed, step = (state.seed[slot], batch.step[batch.row_request].long()) if needs.noise else (None, None)
-        if needs.filters:
-            assert slot is not None
-            self.filter(logits, slot, no_choice)
+        seed, timestep = (state.seed[slot], batch.timestep[batch.row_request].long()) if needs.noise else (None, None)
         choice = Choice(
             no_choice=no_choice,
             no_mass=state.no_mass[slot] if needs.suppression else None,
@@ -183,38 +182,67 @@ class DiffusionModelRunner(AdapterMixin):
             tempered=state.tempered[slot] if needs.sampling else None,
             seed=seed if needs.sampling else None,
             position=position if needs.sampling else None,
-            step=step if needs.sampling else None,
+            step=timestep if needs.sampling else None,
             margin="margin" in needs.rankings,
             entropy="negative_entropy" in needs.rankings,
         )
-        chosen = confidence(logits, choice)
-        rows = RankedRows(chosen, position, seed, step)
+        chosen = self.choose_filtered(logits, choice, slot) if needs.filters else confidence(logits, choice)
+        rows = RankedRows(chosen, position, seed, timestep)
         first, *others = needs.rankings
         ranking = RANKING_VALUES[first](rows)
         for name in others:
             ranking = torch.where(state.ranking[slot] == RANKINGS.index(name), RANKING_VALUES[name](rows), ranking)
         return chosen.token, ranking
 
-    def filter(self, logits: torch.Tensor, slot: torch.Tensor, no_choice: torch.Tensor) -> None:
+    def choose_filtered(self, logits: torch.Tensor, choice: Choice, slot: torch.Tensor | None) -> Confidence:
+        """`confidence` of what top-k and top-p leave; where it asks for it, with the statistics of all the logits."""
+        assert slot is not None  # filters are asked for by row
+        state = self.state
+        asked = ((state.top_k[slot] > 0) | (state.top_p[slot] < 1)).nonzero().squeeze(1)
+        unfiltered = asked[state.unfiltered[slot[asked]]]
+        before = confidence(logits[unfiltered], replace(choice.of(unfiltered), log_probability=True))
+        own_logit = logits[unfiltered, before.token]
+        self.filter(logits, asked, slot, given(choice.no_choice))
+        chosen = confidence(logits, choice)
+        if len(unfiltered):
+            temperature = torch.where(state.tempered[slot], state.temperature[slot], 1.0)[unfiltered]
+            ahead = (logits[unfiltered, chosen.token[unfiltered]].float() - own_logit.float()) / temperature
+            chosen.probability[unfiltered] = (ahead + given(before.log_probability)).exp()
+            for name in ("margin", "entropy"):
+                if (statistic := getattr(chosen, name)) is not None:
+                    statistic[unfiltered] = getattr(before, name)
+        return chosen
+
+    def filter(self, logits: torch.Tensor, asked: torch.Tensor, slot: torch.Tensor, no_choice: torch.Tensor) -> None:
         """Sets to -inf what top-k and top-p take out of the rows that ask for it; other columns keep their bits."""
-        top_k, top_p, temperature = (
-            per_slot[slot] for per_slot in (self.state.top_k, self.state.top_p, self.state.temperature)
-        )
-        asked = ((top_k > 0) | (top_p < 1)).nonzero().squeeze(1)
+        state = self.state
         for rows in asked.split(max(1, FILTER_BYTES // (4 * logits.shape[1]))):
-            mine = logits[rows]
-            kept = filter_top_k_top_p(mine, temperature[rows], top_k[rows], top_p[rows], no_choice=no_choice[rows])
+            mine, own = logits[rows], slot[rows]
+            per_row = (state.temperature[own], state.top_k[own], state.top_p[own])
+            kept = filter_top_k_top_p(mine, *per_row, k_first=state.top_k_first[own], no_choice=no_choice[rows])
             # the best choice stays above all others where it was taken out too: one must be chosen, with probability 0
             mine.masked_fill_(kept <= torch.finfo(kept.dtype).min, torch.finfo(mine.dtype).min / 2)
             logits[rows] = mine.masked_fill_(kept.isneginf(), -torch.inf)
+
+    def edit(self, batch: StepBatch, token: torch.Tensor, probability: torch.Tensor) -> torch.Tensor | None:
+        """Replace tokens of open blocks that the model would not choose again; how many, ``[blocks]``, where any may be.
+
+        The policies of the blocks that edit rank by probability.
+        """
+        if batch.edit_threshold is None:
+            return None
+        state, cell = self.state, batch.segments.row_cell
+        is_open = ~(state.masked.view(-1)[cell] | state.pinned.view(-1)[cell])
+        rows = Rows(cell, is_open, batch.layout.place_block, token, probability)
+        return edit(state.tokens, rows, batch.edit_threshold)
 
     def unmask(self, batch: StepBatch, token: torch.Tensor, ranking: torch.Tensor) -> Unmasked:
         """Write the tokens of the best-ranked rows into their canvases."""
         state, segments = self.state, batch.segments
         if batch.layout.needs.random_order:
             block_request = batch.layout.block_request
-            slot, step = batch.slots[block_request], batch.step[block_request].long()
-            segments = replace(segments, alg_temp=state.alg_temp[slot], seed=state.seed[slot], step=step)
+            slot, timestep = batch.slots[block_request], batch.timestep[block_request].long()
+            segments = replace(segments, alg_temp=state.alg_temp[slot], seed=state.seed[slot], step=timestep)
         return unmask(state.tokens, state.masked, segments, token, ranking)
 
     # ---- what vLLM's workers ask of a model runner

@@ -17,15 +17,19 @@ class Progress:
         self.num_emitted: list[list[int]] = [[] for _ in self.requests]
         self.num_masked: list[list[list[int]]] = [[] for _ in self.requests]  # by step and block
         self.eos_is_taken: set[str] = set()
+        self.num_edited: dict[str, int] = {}  # by the last step
 
     def read(self, summary: Summary) -> bool:
         """Take in the next step's summary; returns whether it ends a request or fills a block."""
         report, batch = summary.wait(), summary.batch
         first_block, ended = 0, 0 in report.masks_left
         for i, (request, window) in enumerate(zip(self.requests, batch.windows, strict=True)):
-            self.num_masked[i].append(report.masks_left[first_block : first_block + len(window.blocks)])
-            first_block += len(window.blocks)
-            num_new = max(0, min(report.unmasked_prefix[i], window.settles_below) - request.emitted)
+            blocks = slice(first_block, first_block + len(window.blocks))
+            first_block = blocks.stop
+            self.num_masked[i].append(report.masks_left[blocks])
+            self.num_edited[self.layout.request_ids[i]] = num_edited = sum(report.num_edited[blocks])
+            settled = settled_below(window, report.masks_left[blocks], num_edited)
+            num_new = max(0, min(report.unmasked_prefix[i], settled) - request.emitted)
             if num_new:
                 first_new = request.emitted - batch.emitted_before[i]
                 new = report.tokens[i][first_new : first_new + num_new]
@@ -61,4 +65,14 @@ class Progress:
             num_emitted=dict(zip(request_ids, self.num_emitted, strict=True)),
             num_masked=dict(zip(request_ids, self.num_masked, strict=True)),
             eos_is_taken=self.eos_is_taken,
+            num_edited=self.num_edited,
         )
+
+
+def settled_below(window: Window, masks_left: list[int], num_edited: int) -> int:
+    """What is unmasked below this position is settled after the window's step, which left so many masks in its blocks."""
+    if window.settles == "at_once":
+        return window.settles_below
+    is_still = num_edited == 0 and all(block.num_masked == 0 for block in window.blocks)
+    is_settled = not any(masks_left) and (is_still or window.settles == "when_filled")
+    return window.settles_below if is_settled else window.blocks[0].start

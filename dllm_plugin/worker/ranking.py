@@ -16,10 +16,10 @@ class RankedRows:
     chosen: Confidence
     position: torch.Tensor
     seed: torch.Tensor | None  # None where nobody draws numbers
-    step: torch.Tensor | None
+    timestep: torch.Tensor | None
 
-    def uniforms(self, step: torch.Tensor) -> torch.Tensor:
-        return philox.uniform(given(self.seed), self.position, step, stream=philox.UNIFORM)
+    def uniforms(self, timestep: torch.Tensor) -> torch.Tensor:
+        return philox.uniform(given(self.seed), self.position, timestep, stream=philox.UNIFORM)
 
 
 def given(tensor: torch.Tensor | None) -> torch.Tensor:
@@ -33,8 +33,10 @@ RANKING_VALUES: dict[str, Callable[[RankedRows], torch.Tensor]] = {
     "probability": lambda rows: rows.chosen.probability,
     "margin": lambda rows: given(rows.chosen.margin),
     "negative_entropy": lambda rows: -given(rows.chosen.entropy),
-    "step_number": lambda rows: rows.uniforms(given(rows.step)),
-    "own_number": lambda rows: rows.uniforms(torch.zeros_like(given(rows.step))),  # the plan has turned it into quotas
+    "step_number": lambda rows: rows.uniforms(given(rows.timestep)),
+    "own_number": lambda rows: rows.uniforms(
+        torch.zeros_like(given(rows.timestep))
+    ),  # the plan has turned it into quotas
     "left_to_right": lambda rows: -rows.position.float(),
 }
 

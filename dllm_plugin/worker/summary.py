@@ -18,6 +18,7 @@ class StepReport:
     unmasked_prefix: list[int]  # of each request: where its first masked position is
     tokens: list[list[int]]  # of each request: those from the first position that was not emitted, masks among them
     eos_is_taken: list[int]  # of each request: whether an active block holds EOS; empty where nobody asks
+    num_edited: list[int]  # of each block: tokens that were replaced; empty where nobody asks
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,27 +29,38 @@ class SummarySizes:
     num_requests: int
     max_emitted: int
     pipelined: bool
+    edits: bool
 
     @classmethod
     def of(cls, batch: StepBatch) -> "SummarySizes":
         needs = batch.layout.needs
-        return cls(len(batch.segments.quota), len(batch.layout.request_ids), batch.max_emitted, needs.pipelined)
+        num_requests = len(batch.layout.request_ids)
+        return cls(len(batch.segments.quota), num_requests, batch.max_emitted, needs.pipelined, needs.edits)
 
     @property
-    def parts(self) -> tuple[int, int, int, int]:
+    def parts(self) -> tuple[int, ...]:
+        """Numbers of each field of a report, in their order."""
         tokens = self.num_requests * self.max_emitted
-        return self.num_blocks, self.num_requests, tokens, self.num_requests * self.pipelined
+        return (
+            self.num_blocks,
+            self.num_requests,
+            tokens,
+            self.num_requests * self.pipelined,
+            self.num_blocks * self.edits,
+        )
 
     def read(self, numbers: list[int]) -> StepReport:
         ends = list(accumulate(self.parts))
-        masks_left, prefix, tokens, eos_is_taken = (
+        masks_left, prefix, tokens, eos_is_taken, num_edited = (
             numbers[end - size : end] for end, size in zip(ends, self.parts, strict=True)
         )
         rows = [tokens[i * self.max_emitted : (i + 1) * self.max_emitted] for i in range(self.num_requests)]
-        return StepReport(masks_left, prefix, rows, eos_is_taken)
+        return StepReport(masks_left, prefix, rows, eos_is_taken, num_edited)
 
 
-def summarize(batch: StepBatch, unmasked: Unmasked, store: CanvasStore) -> torch.Tensor:
+def summarize(
+    batch: StepBatch, unmasked: Unmasked, num_edited: torch.Tensor | None, store: CanvasStore
+) -> torch.Tensor:
     """The numbers of a step, on the device; `SummarySizes.read` takes them apart."""
     tokens = store.tokens.view(-1)
     behind_emitted = batch.first_open[:, None] + batch.layout.offsets[: batch.max_emitted]
@@ -56,6 +68,8 @@ def summarize(batch: StepBatch, unmasked: Unmasked, store: CanvasStore) -> torch
     parts = [unmasked.summary, tokens.index_select(0, behind_emitted.clamp_(max=len(tokens) - 1).view(-1))]
     if batch.layout.needs.pipelined:
         parts.append(_eos_is_taken(batch, store))
+    if num_edited is not None:
+        parts.append(num_edited)
     return torch.cat(parts)
 
 
@@ -64,7 +78,7 @@ def _eos_is_taken(batch: StepBatch, store: CanvasStore) -> torch.Tensor:
     layout = batch.layout
     tokens, masked = store.tokens.view(-1)[layout.place_index], store.masked.view(-1)[layout.place_index]
     ends = (tokens == store.stop_at[layout.slots[layout.place_request]]) & ~masked
-    return torch.zeros_like(batch.step).index_add_(0, layout.place_request, ends.int())
+    return torch.zeros_like(batch.timestep).index_add_(0, layout.place_request, ends.int())
 
 
 class Summary:

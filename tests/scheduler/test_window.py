@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from dllm_plugin.kernels import philox
 from dllm_plugin.params import HOLE, DiffusionParams
 from dllm_plugin.policies import POLICIES
-from dllm_plugin.scheduler import window
-from dllm_plugin.scheduler.strategies import make_plan
-from dllm_plugin.scheduler.window import (
+from dllm_plugin.scheduler import blockwise
+from dllm_plugin.scheduler.schedules import (
     dream_quota,
-    dream_steps,
+    dream_timesteps,
     even_quota,
-    origin_steps,
+    origin_timesteps,
     split_blocks,
 )
+from dllm_plugin.scheduler.strategies import make_plan
 
 # ---- blocks
 
@@ -106,7 +106,7 @@ def test_dream_quota(masks, steps, quotas):
 
 @pytest.mark.parametrize("masks, steps", [(1, 1), (8, 8), (5, 40), (32, 8), (256, 64), (24, 1000), (8, 1_000_000)])
 def test_steps_of_dreams_schedule_are_those_that_unmask_something(masks, steps):
-    unmasked_in = dream_steps(masks, steps, 1e-3)
+    unmasked_in = dream_timesteps(masks, steps, 1e-3)
     left, before = masks, -1
     for step in sorted({*unmasked_in}):
         between = range(before + 1, step) if steps <= 1000 else range(before + 1, step, 997)
@@ -127,7 +127,7 @@ def test_origin_unmasks_as_the_published_rule_does(steps, eps):
         taken = 1 - masked / time[step] < share
         unmasked_in += [step] * int(taken.sum())
         masked = masked[~taken]
-    assert origin_steps(draws, steps, eps) == unmasked_in and len(masked) == 0
+    assert origin_timesteps(draws, steps, eps) == unmasked_in and len(masked) == 0
 
 
 @pytest.mark.parametrize("remasking", POLICIES)
@@ -139,12 +139,12 @@ def test_a_million_steps_cost_no_more_passes_than_positions(remasking, block_len
     assert all(row[4] > 0 for row in table)
 
 
-@pytest.mark.parametrize("remasking, search", [("origin", "origin_steps"), ("entropy", "dream_steps")])
+@pytest.mark.parametrize("remasking, search", [("origin", "origin_timesteps"), ("entropy", "dream_timesteps")])
 def test_a_schedule_of_a_million_steps_is_searched_once_a_block(remasking, search, monkeypatch):
     """All requests wait while one is planned: a search in every pass would take longer than a small step."""
     searched = []
-    schedule = getattr(window, search)
-    monkeypatch.setattr(window, search, lambda *args: searched.append(args[1]) or schedule(*args))
+    schedule = getattr(blockwise, search)
+    monkeypatch.setattr(blockwise, search, lambda *args: searched.append(args[1]) or schedule(*args))
     plan = plan_of(5, 12, remasking=remasking, steps=1_000_000, block_length=6)
     plan.start_canvas()
     while not plan.canvas_is_full:
@@ -164,7 +164,9 @@ def rows(plan):
         window = plan.window
         (block,) = window.blocks
         assert window.covers_all and (block.threshold, block.factor) == (math.inf, 0.0)
-        table.append((window.step, (window.start, window.end), (block.start, block.end), block.num_masked, block.quota))
+        table.append(
+            (window.timestep, (window.start, window.end), (block.start, block.end), block.num_masked, block.quota)
+        )
         plan.advance([block.num_masked - block.quota])
         assert len(table) < 10_000, "the plan makes no progress"
     return table
@@ -228,11 +230,11 @@ def test_origin_draws_a_number_for_each_position(template):
 def test_canvases_follow_one_another():
     """Steps are counted on; the last canvas is shorter and keeps the pace of the first; the end is the limit."""
     plan = plan_of(5, 10, canvas_length=4, steps=2)
-    assert plan.next_length == 9 and plan.canvas_is_full and not plan.is_over
+    assert plan.reserved_length == 9 and plan.canvas_is_full and not plan.is_over
     assert rows(plan) == [(0, (0, 9), (5, 9), 4, 2), (1, (0, 9), (5, 9), 2, 2)]
-    assert plan.next_length == 13 and not plan.is_over
+    assert plan.reserved_length == 13 and not plan.is_over
     assert rows(plan) == [(2, (0, 13), (9, 13), 4, 2), (3, (0, 13), (9, 13), 2, 2)]
-    assert plan.next_length == 15
+    assert plan.reserved_length == 15
     assert rows(plan) == [(4, (0, 15), (13, 15), 2, 2)]
     assert plan.is_over and plan.canvas_end == plan.limit == 15
 
@@ -264,8 +266,8 @@ def test_every_position_is_unmasked_once(params, prompt, tokens):
         table = rows(plan)
         length = plan.canvas_length
         assert [row[0] for row in table] == sorted({row[0] for row in table}) and table[0][0] >= step
-        assert POLICIES[params["remasking"]].schedule != "even" or plan.step == step + len(table)
-        step = plan.step
+        assert POLICIES[params["remasking"]].schedule != "even" or plan.timestep == step + len(table)
+        step = plan.timestep
         blocks = sorted({row[2] for row in table})
         assert blocks[0][0] == end and all(a[1] == b[0] for a, b in itertools.pairwise(blocks))
         end = blocks[-1][1]
@@ -295,7 +297,7 @@ def test_a_restarted_canvas_has_the_same_windows(params, prompt, tokens, progres
         while not plan.canvas_is_full:
             (block,) = plan.window.blocks
             span = (plan.window.start, plan.window.end)
-            replayed.append((plan.window.step, span, (block.start, block.end), block.num_masked, block.quota))
+            replayed.append((plan.window.timestep, span, (block.start, block.end), block.num_masked, block.quota))
             plan.advance([block.num_masked - block.quota])
         assert replayed == expected
 
@@ -306,6 +308,6 @@ def test_this_file_imports_no_vllm():
     import sys
 
     code = (
-        "import sys, dllm_plugin.scheduler.window as w; assert 'vllm' not in sys.modules and 'torch' not in sys.modules"
+        "import sys, dllm_plugin.scheduler.strategies; assert 'vllm' not in sys.modules and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from dllm_plugin.params import HOLE, DiffusionParams
 from dllm_plugin.policies import POLICIES
+from dllm_plugin.scheduler.plan import Plan
 from dllm_plugin.scheduler.strategies import make_plan
-from dllm_plugin.scheduler.window import ActiveBlock, Attention, Plan, Window
+from dllm_plugin.scheduler.window import ActiveBlock, Attention, Window
 
 
 def plan_of(
@@ -173,10 +174,10 @@ def test_dreams_schedule_passes_over_what_asks_for_nothing_and_takes_the_rest_at
 def test_a_refresh_that_is_passed_over_comes_with_the_next_pass(refresh):
     """The first pass is in step 15 of 24, which 3 divides and the others do not: they were due in steps passed over."""
     plan = plan_of(tokens=10, remasking="entropy", cache="dual", cache_refresh=refresh, steps=24)
-    assert plan.window.step == 15
+    assert plan.window.timestep == 15
     before, refreshed, due = -1, [], []
     while not plan.canvas_is_full:
-        step = plan.window.step
+        step = plan.window.timestep
         due.append(any(between % refresh == 0 for between in range(before + 1, step + 1)))
         refreshed.append(plan.window.start == 0)
         before = step
@@ -467,7 +468,7 @@ class Simulation:
         alike = self.num_behind < len(self.ahead)
         by_quota = all(block.threshold == math.inf and block.factor == 0 for block in window.blocks)
         self.check(window)
-        self.written |= dict.fromkeys(range(window.start, window.end), window.step)
+        self.written |= dict.fromkeys(range(window.start, window.end), window.timestep)
         report = []
         for block in window.blocks:
             masked = sorted(self.masked.intersection(range(block.start, block.end)))
@@ -478,7 +479,7 @@ class Simulation:
             )
             taken = self.random.sample(masked, most)
             self.masked -= set(taken)
-            self.taken |= dict.fromkeys(taken, window.step)
+            self.taken |= dict.fromkeys(taken, window.timestep)
             report.append(len(masked) - len(taken))
         self.windows.append(window)
         self.reports.append(report)
@@ -494,9 +495,9 @@ class Simulation:
 
     def check(self, window: Window) -> None:
         plan = self.plan
-        assert window.step >= plan.step and plan.num_passes == len(self.windows)
-        assert window.step == plan.step or POLICIES[plan.params.remasking].schedule != "even"
-        assert 0 <= window.start < window.end <= window.visible <= plan.next_length
+        assert window.timestep >= plan.timestep and plan.num_passes == len(self.windows)
+        assert window.timestep == plan.timestep or POLICIES[plan.params.remasking].schedule != "even"
+        assert 0 <= window.start < window.end <= window.visible <= plan.reserved_length
         assert all(b.start >= plan.canvas_start and b.end <= min(window.end, plan.canvas_end) for b in window.blocks)
         assert all(before.end <= after.start for before, after in pairwise(window.blocks))
         assert window.start <= window.blocks[0].start - plan.shift, "no row predicts the first position"
@@ -571,7 +572,9 @@ def test_how_far_a_plan_looks_ahead(settings, num_steps):
         ahead = plan.look_ahead(9)
         assert ahead[0] == plan.window and ahead[:2] == plan.look_ahead(2)
         passed_over = POLICIES[settings.get("remasking", "low_confidence")].schedule != "even"
-        assert passed_over or [window.step for window in ahead] == [*range(plan.step, plan.step + len(ahead))]
+        assert passed_over or [window.timestep for window in ahead] == [
+            *range(plan.timestep, plan.timestep + len(ahead))
+        ]
         seen.append(len(ahead))
         plan.advance([block.num_masked - max(1, block.quota) for block in plan.window.blocks])
     assert seen == num_steps

@@ -1,0 +1,142 @@
+"""The plan of a request: what all strategies share. Standard library only."""
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from dllm_plugin.params import HOLE, DiffusionParams
+from dllm_plugin.scheduler.window import ActiveBlock, Window
+
+
+class Plan(ABC):
+    """The windows of one request: what all strategies share, which is the canvas and its end.
+
+    ``limit``: the length prompt and response may reach. ``longest``: the length that the sequence may reach with what is
+    denoised and cut off again; ``limit`` where nothing is said. ``shift``: 1 for a family whose logits at i predict token
+    i + 1. ``num_suffix``: tokens behind the canvas. ``seed``: the request's, signed 64 bits. ``most_tokens``: what a step
+    may forward.
+
+    When a canvas is full and the request goes on, `start_canvas` lays out the next one. ``timestep`` counts the steps of
+    the schedule, ``num_passes`` the forward passes: a timestep that unmasks nothing has none. Every position below
+    ``emitted`` is emitted. ``num_cached``: positions whose keys and values are in pages and will not change.
+    """
+
+    def __init__(
+        self,
+        params: DiffusionParams,
+        prompt_length: int,
+        limit: int,
+        shift: int = 0,
+        num_suffix: int = 0,
+        seed: int = 0,
+        longest: int | None = None,
+        most_tokens: int = sys.maxsize,
+    ) -> None:
+        self.params = params
+        self.limit = limit
+        self.longest = limit if longest is None else longest
+        self.shift = shift
+        self.num_suffix = num_suffix
+        self.seed = seed
+        self.most_tokens = most_tokens
+        self.prompt_length = self.emitted = prompt_length
+        self.canvas_start = self.canvas_end = prompt_length
+        self.timestep = self.num_passes = self.num_cached = 0
+        self.window: Window | None = None
+
+    @property
+    def canvas_length(self) -> int:
+        return self.canvas_end - self.canvas_start
+
+    @property
+    def canvas_is_full(self) -> bool:
+        """True before the first canvas, and when no position of the present one is masked."""
+        return self.window is None
+
+    @property
+    def next_canvas_length(self) -> int:
+        return min(len(self.params.template) or self.params.canvas_length, self.limit - self.canvas_end)
+
+    @property
+    def canvas_ids(self) -> list[int]:
+        """The canvas as it is laid out: a pinned token or a hole for each position."""
+        pinned = list(self.params.template[self.canvas_start - self.prompt_length :])
+        return pinned + [HOLE] * (self.canvas_length - len(pinned))
+
+    @property
+    def reserved_length(self) -> int:
+        """How far pages must reach before the next window runs."""
+        return self.num_suffix + self.canvas_end + (self.next_canvas_length if self.canvas_is_full else 0)
+
+    @property
+    def is_over(self) -> bool:
+        """True where no further canvas may begin: no room is left, a template is filled, the steps are spent."""
+        ended = self.canvas_end >= self.limit or bool(self.params.template) or self.steps_are_spent
+        return self.canvas_is_full and self.num_passes > 0 and ended
+
+    def start_canvas(self) -> None:
+        """Lay out a canvas of masks after everything that is final."""
+        length = self.next_canvas_length
+        self.canvas_start, self.canvas_end = self.canvas_end, self.canvas_end + length
+        self._counts_at_start = self.timestep, self.num_passes
+        self._begin_canvas()
+        self.window = self._next_window()
+
+    def restart_canvas(self) -> None:
+        """Go back to the canvas as it was laid out: the same steps give the same tokens again (after preemption)."""
+        self.timestep, self.num_passes = self._counts_at_start
+        self._begin_canvas()
+        self.window = self._next_window()
+
+    def look_ahead(self, most: int) -> list[Window]:
+        """The present window and, up to so many, those after it that cover the same positions unless a block is filled.
+
+        They presume that each window unmasks its quotas and no more, which is sure without a threshold.
+        """
+        assert self.window is not None
+        return [self.window]
+
+    def advance(
+        self,
+        num_masked: Sequence[int],
+        eos_is_taken: bool = False,
+        num_passes: int = 1,
+        num_emitted: int = 0,
+        num_edited: int = 0,
+    ) -> None:
+        """Record forward passes: positions that the last left masked in each of the active blocks, in their order.
+
+        Several passes are some of what `look_ahead` gave, none but the last of which filled a block. ``num_edited``: tokens
+        that the last one replaced. A window without active blocks, a chunk of a prompt, is not counted.
+        """
+        if self.window is not None and self.window.blocks:
+            self.num_passes += num_passes
+        self.emitted += num_emitted
+        self._record(num_masked, eos_is_taken, num_passes, num_edited)
+        self.window = self._next_window()
+
+    @property
+    def steps_are_spent(self) -> bool:
+        return self.params.max_steps is not None and self.num_passes >= self.params.max_steps
+
+    def _take_all_if_last(self, window: Window) -> Window:
+        """The window itself, or where it is the last step of the request, one that unmasks all that is left."""
+        if self.params.max_steps is None or self.num_passes < self.params.max_steps - 1:
+            return window
+        masked, length = self._num_masked_in_canvas(), self.canvas_end + self.num_suffix
+        rest = ActiveBlock(self.canvas_start, self.canvas_end, masked, quota=masked)
+        return window._replace(start=0, end=length, visible=length, timestep=self.timestep, blocks=(rest,))
+
+    @abstractmethod
+    def _begin_canvas(self) -> None: ...
+
+    @abstractmethod
+    def _next_window(self) -> Window | None:
+        """The next step's window; None when the canvas is full."""
+
+    @abstractmethod
+    def _record(self, num_masked: Sequence[int], eos_is_taken: bool, num_passes: int, num_edited: int) -> None:
+        """What `advance` was told; counts ``timestep`` on."""
+
+    @abstractmethod
+    def _num_masked_in_canvas(self) -> int: ...
