@@ -306,8 +306,9 @@ def write_llada2(folder: str | Path, seed: int = 0, **options) -> Path:
         **o.shape(),
         **o.not_published(mask_token_id=156895, block_size=32),
     }
-    weights = decoder(Random(seed), o, qk_norm=True, mlp=llada2_mlp)
-    return save(folder, o, config, {"pad_token_id": o.eos_token_id}, llada2_names(weights))
+    weights = llada2_names(decoder(Random(seed), o, qk_norm=True, mlp=llada2_mlp))
+    biases = dict.fromkeys((name for name in weights if name.endswith("expert_bias")), o.expert_bias_dtype)
+    return save(folder, o, config, {"pad_token_id": o.eos_token_id}, weights, biases)
 
 
 WRITERS = {
@@ -349,7 +350,12 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def save(folder: str | Path, o: Options, config: dict, generation_config: dict, weights: Weights) -> Path:
-    biases = [name for name in weights if name.endswith("expert_bias")]
-    dtypes = dict.fromkeys(biases, o.expert_bias_dtype)
+def save(
+    folder: str | Path,
+    o: Options,
+    config: dict,
+    generation_config: dict,
+    weights: Weights,
+    dtypes: dict[str, torch.dtype] | None = None,
+) -> Path:
     return write(folder, config, generation_config, weights, o.dtype, shards=o.shards, dtypes=dtypes)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .cached_model import attend
+from .cached_model import CachedModel, attend
 from .model import Weights, rms_norm, rotate, rotation, split_heads
 
 
@@ -248,6 +248,20 @@ class LLaDA2(BlockModel):
         if config["num_experts_per_tok"] > 1:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return weights * config["routed_scaling_factor"], chosen
+
+
+class CachedBlockModel(CachedModel):
+    """What the cached decoders of the full-attention families ask for, over a `BlockModel`."""
+
+    def __init__(self, model: BlockModel, length: int) -> None:
+        self.model = model
+        self.shift = model.shift
+        self.positions = torch.arange(length)
+        self.cache = model.new_cache(length)
+
+    def forward(self, ids: Tensor, start: int, end: int, allowed: Tensor | int) -> Tensor:
+        visible = self.positions[None, :] < allowed if isinstance(allowed, int) else allowed[start:end]
+        return self.model.forward(ids, start, end, visible, self.cache)
 
 
 FAMILIES = {  # by the architecture of config.json: LLaDA-MoE has the model_type of LLaDA, DreamReasoner that of Dream
