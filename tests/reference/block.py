@@ -23,9 +23,11 @@ Deviations beyond those of `decoding`, all deliberate:
 - Quotas are those of a full block and belong to the number of the pass: block // steps, the remainder one each to the
   first. Stable-DiffCoder shares out the masks of a partly filled first block instead, and LLaDA2.0 lowers its steps for
   answers shorter than them. A quota never exceeds the masks there are; SDAR's may, and then overwrites the prompt.
+- A threshold is passed by what is greater, as in all of them but Stable-DiffCoder's.
 - Every pass unmasks at least one position, so that no block is left with masks.
 - LLaDA2.1's released mask hides nothing, because it is 0 and 1 where an attention mask is added: 2.0's is meant.
-- LLaDA2.1's budget of passes without a mask is counted per block, in the released code too.
+- Temperature 0 takes the likeliest token, as LLaDA2.1's code does; LLaDA2.0's draws one from softmax(logits) there, and
+  SDAR's divides by 0.
 """
 
 from collections.abc import Collection, Sequence

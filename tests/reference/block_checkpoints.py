@@ -5,7 +5,7 @@ family normalises them), a scaled head. Two keys are added where a published con
 a vocabulary of 331 has no published mask: `mask_token_id`, and a block length that is not the family's own.
 
 Sources of keys and tensor names: yjyddq/DARE:models/{SDAR-4B-Chat,SDAR-30B-A3B-Chat,LLaDA2.0-mini} (config.json,
-generation_config.json, model.safetensors.index.json), Efficient-Large-Model/Fast_dLLM_v2_7B:config.json,
+generation_config.json, model.safetensors.index.json), Satgoy152/DualDiffusion:FastDLLM_inferencing/Fast_dLLM_v2_7B,
 ByteDance-Seed/Stable-DiffCoder-8B-Instruct:modeling_stable_diffcoder.py, SJTU-DENG-Lab/Diffulex (a test's
 DreamReasoner), inclusionAI/LLaDA-MoE-7B-A1B-Base:configuration_lladamoe.py, inclusionAI/dFactory (merged experts).
 """
@@ -188,6 +188,7 @@ def write_fast_dllm_v2(folder: str | Path, seed: int = 0, **options) -> Path:
         "rope_theta": 1000000.0,
         "sliding_window": None,
         "torch_dtype": name_of(o.dtype),
+        "transformers_version": "4.53.1",
         "use_cache": True,
         "use_sliding_window": False,
         **{name: value for name, value in o.shape().items() if name != "head_dim"},
@@ -202,6 +203,7 @@ def write_fast_dllm_v2(folder: str | Path, seed: int = 0, **options) -> Path:
         "temperature": 0.7,
         "top_k": 20,
         "top_p": 0.8,
+        "transformers_version": "4.53.1",
     }
     return save(folder, o, config, generation_config, decoder(Random(seed), o, qk_norm=False, bias=True))
 
