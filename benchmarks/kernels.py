@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dllm_plugin.kernels.confidence import Choice, confidence, confidence_rule
 from dllm_plugin.kernels.dispatch import tl, triton
 from dllm_plugin.kernels.gated_silu import gated_silu, gated_silu_rule
+from dllm_plugin.kernels.head_norm import head_norm, head_norm_rule
 from dllm_plugin.kernels.rms_norm import rms_norm, rms_norm_rule
 from dllm_plugin.kernels.rotary import rotate, rotate_rule
 from dllm_plugin.kernels.store_kv import split_kv_cache, store_kv, store_kv_rule
@@ -386,18 +387,20 @@ def block_operation_errors() -> dict[str, float]:
     wide = torch.randn(5, 3001, device="cuda", dtype=torch.bfloat16)
     x, residual, weight = wide[:, 1:3001], torch.randn_like(wide[:, 1:]), torch.randn_like(wide[0, 1:])
     heads = torch.randn(5, 36, 80, device="cuda", dtype=torch.bfloat16)
-    angle = torch.randn(5, 1, 40, device="cuda").repeat(1, 1, 2)
+    normed = heads, 28, 4, *torch.randn_like(heads[0, :2]), 1e-6
     errors = {}
     for name, got, want in (
         ("rms_norm", rms_norm(x, weight, 1e-5, residual), rms_norm_rule(x, weight, 1e-5, residual)),
         ("gated_silu", [gated_silu(x)], [gated_silu_rule(x)]),
+        ("head_norm", [head_norm(*normed)], [head_norm_rule(*normed)]),
     ):
         pairs = list(zip(got, want, strict=True))
         errors[name] = max(relative_error(a, b) for a, b in pairs)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, rotary_size in ((torch.float32, 80), (torch.bfloat16, 80), (torch.bfloat16, 40)):
+        angle = torch.randn(5, 1, rotary_size // 2, device="cuda").repeat(1, 1, 2)
         angles = 28, 4, angle.cos().to(dtype), angle.sin().to(dtype)
         same = all(map(torch.equal, rotate(heads, *angles), rotate_rule(heads, *angles)))
-        errors[f"rotate, {dtype}"] = 0.0 if same else math.inf
+        errors[f"rotate {rotary_size} of 80, {dtype}"] = 0.0 if same else math.inf
     return errors
 
 

@@ -1,6 +1,7 @@
 """What is known of a model family beyond its config.json, one record each. Standard library only."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from dllm_plugin.params import DiffusionParams
 
@@ -14,6 +15,9 @@ class Family:
     ``defaults``: decoding parameters of a request that gives none. ``shifted``: the logits at position i predict token i + 1,
     as in an autoregressive model (Dream); otherwise they predict token i (LLaDA). ``turn_end``: the special token that ends
     an answer before the padding of EOS begins; LLaDA's ``confidence`` suppression holds it back with EOS.
+    ``attention``: under "full" every position sees every other, under "block_causal" those up to the end of its own block,
+    in blocks counted from the beginning of the sequence. ``mask_token_id``, ``eos_token_id``, ``block_length`` (tokens of a
+    block the model was trained with): where config.json, whose values come first, has none.
     ``prefix_stands_alone``: keys and values of a prefix do not depend on what follows, so that requests may share them.
     """
 
@@ -24,10 +28,14 @@ class Family:
     turn_end: str
     shifted: bool = False
     defaults: DiffusionParams = field(default_factory=DiffusionParams)
+    attention: Literal["full", "block_causal"] = "full"
+    mask_token_id: int | None = None
+    eos_token_id: int | None = None
+    block_length: int | None = None
     prefix_stands_alone: bool = False
 
 
-# The architectures are the names published checkpoints carry (LLaDAModelLM, DreamModel) and ours.
+# The architectures are the names published checkpoints carry (LLaDAModelLM, DreamModel), and ours where it differs.
 FAMILIES = (
     Family(
         "LLaDA",
@@ -44,6 +52,16 @@ FAMILIES = (
         turn_end="<|im_end|>",
         shifted=True,
         defaults=DiffusionParams(remasking="origin"),
+    ),
+    Family(
+        "SDAR",
+        architectures=("SDARForCausalLM",),
+        adapter="dllm_plugin.models.sdar:SDARForDiffusionLM",
+        config="dllm_plugin.models.configs:SDARConfig",
+        turn_end="<|im_end|>",
+        attention="block_causal",
+        mask_token_id=151669,
+        block_length=4,
     ),
 )
 ARCHITECTURES: dict[str, Family] = {name: family for family in FAMILIES for name in family.architectures}

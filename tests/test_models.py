@@ -3,7 +3,6 @@
 import functools
 import shutil
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,8 @@ from support.checkpoints import edit_config, folder, reference, write_checkpoint
 from support.engines import drive, engine, model_runner, new_engine
 from vllm import SamplingParams
 
-from dllm_plugin.families import ARCHITECTURES
+from dllm_plugin.families import FAMILIES
+from dllm_plugin.models.configs import DreamConfig, LLaDAConfig
 from dllm_plugin.models.dream import DreamForDiffusionLM
 from dllm_plugin.models.llada import LLaDAForDiffusionLM
 
@@ -239,9 +239,9 @@ def test_weights_are_reloaded_from_another_folder(family):
     "name, place",
     [
         ("model.transformer.ff_out.weight", ("head.weight", None)),
-        ("model.transformer.blocks.3.ff_out.weight", ("blocks.3.down_proj.weight", None)),
-        ("model.transformer.blocks.31.ff_proj.weight", ("blocks.31.gate_up_proj.weight", 0)),
-        ("model.transformer.blocks.0.up_proj.weight", ("blocks.0.gate_up_proj.weight", 1)),
+        ("model.transformer.blocks.3.ff_out.weight", ("blocks.3.mlp.down_proj.weight", None)),
+        ("model.transformer.blocks.31.ff_proj.weight", ("blocks.31.mlp.gate_up_proj.weight", 0)),
+        ("model.transformer.blocks.0.up_proj.weight", ("blocks.0.mlp.gate_up_proj.weight", 1)),
         ("model.transformer.ln_f.weight", ("norm.weight", None)),
     ],
 )
@@ -251,34 +251,40 @@ def test_ff_out_is_two_tensors(name, place):
 
 def test_shapes_of_the_published_configs():
     llada = LLaDAForDiffusionLM.shape_of(
-        SimpleNamespace(d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288, vocab_size=126464,
-                        embedding_size=126464, rms_norm_eps=1e-5, rope_theta=500000.0, weight_tying=False)
+        LLaDAConfig(d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288, vocab_size=126464,
+                    embedding_size=126464, max_sequence_length=4096, block_type="llama", layer_norm_type="rms",
+                    activation_type="silu", rope=True, rms_norm_eps=1e-5, rope_theta=500000.0, weight_tying=False,
+                    mask_token_id=126336, eos_token_id=126081)
     )  # fmt: skip
-    assert (llada.head_size, llada.num_embeddings, llada.intermediate_size) == (128, 126464, 12288)
-    assert (llada.qkv_bias, llada.tie_embeddings, llada.rope_in_float32) == (False, False, True)
+    assert (llada.head_size, llada.rotary_size, llada.num_embeddings) == (128, 128, 126464)
+    assert llada.intermediate_size == 12288 and llada.rope_in_float32
+    assert not (llada.qkv_bias or llada.qk_norm or llada.tie_embeddings)
     dream = DreamForDiffusionLM.shape_of(
-        SimpleNamespace(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-                        intermediate_size=18944, vocab_size=152064, rms_norm_eps=1e-6, rope_theta=1e6,
-                        tie_word_embeddings=False)
+        DreamConfig(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+                    intermediate_size=18944, vocab_size=152064, max_position_embeddings=131072, rms_norm_eps=1e-6,
+                    rope_theta=1e6, tie_word_embeddings=False, mask_token_id=151666, eos_token_id=151643)
     )  # fmt: skip
     assert (dream.head_size, dream.num_kv_heads, dream.num_embeddings) == (128, 4, 152064)
-    assert (dream.qkv_bias, dream.tie_embeddings, dream.rope_in_float32) == (True, False, False)
+    assert dream.qkv_bias and not (dream.qk_norm or dream.tie_embeddings or dream.rope_in_float32)
 
 
 # ---- how a checkpoint is found
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+NAMED = {name: family for family in FAMILIES if family.name in ("LLaDA", "Dream") for name in family.architectures}
+
+
+@pytest.mark.parametrize("architecture", NAMED)
 def test_architecture_names(architecture):
     """The published names and ours serve alike."""
-    assert set(ARCHITECTURES) == {"LLaDAModelLM", "LLaDAForDiffusionLM", "DreamModel", "DreamForDiffusionLM"}
+    assert set(NAMED) == {"LLaDAModelLM", "LLaDAForDiffusionLM", "DreamModel", "DreamForDiffusionLM"}
     family = "llada" if architecture.startswith("LLaDA") else "dream"
     path = write_checkpoint(family, f"named-{architecture}", seed=3)
     edit_config(path, architectures=[architecture])
     llm = new_engine(path)
     KEPT.append(llm)
     assert llm.model_config.architecture == architecture
-    assert type(model_runner(llm).model).__name__ == ARCHITECTURES[architecture].adapter.rpartition(":")[2]
+    assert type(model_runner(llm).model).__name__ == NAMED[architecture].adapter.rpartition(":")[2]
     # the weights are those of the checkpoint of this family
     case = PolicyCase(family, "low_confidence", 6, prompt=5)
     assert not difference(case, drive(llm, [case.request])[0][0])

@@ -52,7 +52,7 @@ def quantize(name: str, folder: Path, leave_out: str = "") -> Path:
 def test_answers_with_8_bits(name: str, tmp_path: Path):
     llm = new_engine(quantize(name, tmp_path / name), dtype="auto")
     block, head = model_runner(llm).model.decoder.blocks[0], model_runner(llm).model.decoder.head
-    linears = (block.qkv_proj, block.o_proj, block.gate_up_proj, block.down_proj)
+    linears = (block.qkv_proj, block.o_proj, block.mlp.gate_up_proj, block.mlp.down_proj)
     assert {type(linear.quant_method).__name__ for linear in linears} == {"CompressedTensorsLinearMethod"}
     assert head.weight.dtype == torch.bfloat16
 

@@ -1,7 +1,8 @@
-"""Rotary embedding of queries and keys, NeoX layout: dimension i turns with dimension i + head_size / 2.
+"""Rotary embedding of queries and keys, NeoX layout: dimension i turns with dimension i + rotary_size / 2.
 
 `x * cos + rotated_half(x) * sin` in the dtype of `cos` and `sin`: `x` is converted to it, and both products and their sum are
-rounded to it. The result is rounded to the dtype of `x`. Zero tokens are allowed. Rule and kernel agree exactly.
+rounded to it. The result is rounded to the dtype of `x`. The dimensions of a head from rotary_size on stay as they are.
+Zero tokens are allowed. Rule and kernel agree exactly.
 """
 
 import torch
@@ -14,14 +15,14 @@ def rotate(heads: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: T
     """Rotated queries [tokens, num_heads, head_size] and keys [tokens, num_kv_heads, head_size]; their strides may differ.
 
     They are the first of `heads` [tokens, n, head_size], bf16, fp16 or fp32 with any strides over a contiguous last dimension.
-    `cos`, `sin` [tokens, 1, head_size] are contiguous, float32 or of the dtype of `heads`, and their two halves are alike: the
-    kernel reads the first.
+    `cos`, `sin` [tokens, 1, rotary_size], of an even rotary_size up to head_size, are contiguous, float32 or of the dtype of
+    `heads`, and their two halves are alike: the kernel reads the first.
     """
     if not (heads.device == cos.device == sin.device):
         refuse_devices(heads=heads, cos=cos, sin=sin)
-    if heads.dim() != 3 or heads.dtype not in FLOATS or heads.stride(2) != 1 or heads.shape[2] % 2:
+    if heads.dim() != 3 or heads.dtype not in FLOATS or heads.stride(2) != 1:
         raise ValueError(
-            "heads must be bf16, fp16 or fp32 [tokens, n, even head_size] with a contiguous last dimension, got "
+            "heads must be bf16, fp16 or fp32 [tokens, n, head_size] with a contiguous last dimension, got "
             f"{heads.dtype} {list(heads.shape)} with strides {heads.stride()}"
         )
     tokens, held, head_size = heads.shape
@@ -30,14 +31,18 @@ def rotate(heads: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: T
             f"heads is {list(heads.shape)} and must hold num_heads and num_kv_heads, got {num_heads} and {num_kv_heads}"
         )
     if (
-        cos.shape != (tokens, 1, head_size)
+        cos.dim() != 3
+        or cos.shape[:2] != (tokens, 1)
+        or cos.shape[2] % 2
+        or not 0 < cos.shape[2] <= head_size
         or cos.shape != sin.shape
         or (cos.dtype != torch.float32 and cos.dtype != heads.dtype)
         or cos.dtype != sin.dtype
         or not (cos.is_contiguous() and sin.is_contiguous())
     ):
         raise ValueError(
-            f"cos and sin must both be contiguous [{tokens}, 1, {head_size}], float32 or {heads.dtype} as heads is, got "
+            f"cos and sin must both be contiguous [{tokens}, 1, even size of at most {head_size}], float32 or {heads.dtype} "
+            "as heads is, got "
             f"{cos.dtype} {list(cos.shape)} with strides {cos.stride()} and {sin.dtype} {list(sin.shape)} with strides "
             f"{sin.stride()}"
         )
@@ -51,9 +56,11 @@ def rotate_rule(heads: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, s
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    wide = x.to(cos.dtype)
+    turning, rest = x.tensor_split((cos.shape[2],), dim=-1)
+    wide = turning.to(cos.dtype)
     first, second = wide.chunk(2, dim=-1)
-    return (wide * cos).add_(torch.cat((-second, first), dim=-1).mul_(sin)).to(x.dtype)
+    turned = (wide * cos).add_(torch.cat((-second, first), dim=-1).mul_(sin)).to(x.dtype)
+    return torch.cat((turned, rest), dim=-1) if rest.shape[2] else turned
 
 
 def rotate_triton(heads: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,8 +71,9 @@ def rotate_triton(heads: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor,
         block = min(triton.next_power_of_2(count), 16)
         # without fused multiply-adds, which would skip the rounding of a float32 product
         _rotate_kernel[(tokens, triton.cdiv(count, block))](
-            heads, heads.stride(0), heads.stride(1), cos, sin, out, count, head_size // 2,
-            block, triton.next_power_of_2(head_size // 2), enable_fp_fusion=False,
+            heads, heads.stride(0), heads.stride(1), cos, sin, out, count, head_size, cos.shape[2] // 2,
+            block, triton.next_power_of_2(cos.shape[2] // 2), triton.next_power_of_2(head_size - cos.shape[2]),
+            enable_fp_fusion=False,
         )  # fmt: skip
     return out[:, :num_heads], out[:, num_heads:]
 
@@ -73,23 +81,29 @@ def rotate_triton(heads: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor,
 @triton.jit
 def _rotate_kernel(
     heads_ptr, stride_token, stride_head, cos_ptr, sin_ptr, out_ptr,
-    COUNT: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    COUNT: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Some heads of one token a program."""
+    """Some heads of one token a program. HALF: dimensions of a rotated half; REST: room for those that do not turn."""
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
     dim = tl.arange(0, BLOCK)[None, :]
     inside = (head < COUNT) & (dim < HALF)
     cos = tl.load(cos_ptr + token * 2 * HALF + dim, mask=dim < HALF)
     sin = tl.load(sin_ptr + token * 2 * HALF + dim, mask=dim < HALF)
-    source = heads_ptr + token * stride_token + head * stride_head + dim
+    head_ptr = heads_ptr + token * stride_token + head * stride_head
+    source = head_ptr + dim
     first = tl.load(source, mask=inside).to(cos.dtype)
     second = tl.load(source + HALF, mask=inside).to(cos.dtype)
     low = (_product(first, cos) - _product(second, sin)).to(cos.dtype)
     high = (_product(second, cos) + _product(first, sin)).to(cos.dtype)
-    target = out_ptr + (token * COUNT + head) * 2 * HALF + dim
-    tl.store(target, low.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(target + HALF, high.to(out_ptr.dtype.element_ty), mask=inside)
+    target = out_ptr + (token * COUNT + head) * SIZE
+    tl.store(target + dim, low.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(target + dim + HALF, high.to(out_ptr.dtype.element_ty), mask=inside)
+    if SIZE > 2 * HALF:
+        still = 2 * HALF + tl.arange(0, REST)[None, :]
+        inside = (head < COUNT) & (still < SIZE)
+        tl.store(target + still, tl.load(head_ptr + still, mask=inside), mask=inside)
 
 
 @triton.jit

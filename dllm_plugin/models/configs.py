@@ -1,16 +1,28 @@
-"""HF configs of the families whose published checkpoints carry theirs as remote code.
+"""HF configs of the families, whose published checkpoints carry theirs as remote code.
 
-Both classes are module-level: vLLM sends them between processes by pickle. A structural key that is missing is an
-error, never a default: the defaults of LLaDA's own class are GPT-2's, and would build another model without a word.
+All classes are module-level: vLLM sends them between processes by pickle. A structural key that is missing is an error,
+never a default: the defaults of the published classes are those of other models (GPT-2's in LLaDA's), and would build
+another model without a word.
 """
 
+import pkgutil
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
+from dllm_plugin.families import ARCHITECTURES, FAMILIES
 
-class _StrictConfig(PretrainedConfig):
-    """A config whose structural keys must be in config.json, and whose unsupported variants are refused."""
+
+def config_class(architecture: str) -> "type[DiffusionConfig]":
+    return pkgutil.resolve_name(ARCHITECTURES[architecture].config)
+
+
+class DiffusionConfig(PretrainedConfig):
+    """A config whose structural keys must be in config.json, and whose unsupported variants are refused.
+
+    Token ids and the length of a block, ``block_length``, are those of the family where config.json has none. A class below
+    it names an ``__init__``: transformers would write one in place of an inherited one, which reads no key.
+    """
 
     # to_diff_dict() and repr() would otherwise build an instance without arguments
     has_no_defaults_at_init = True
@@ -27,26 +39,62 @@ class _StrictConfig(PretrainedConfig):
     )
 
     def __init__(self, **kwargs: Any) -> None:
-        if missing := [key for key in self.required_keys if key not in kwargs]:
+        family = next(f for f in FAMILIES if f.config == f"{type(self).__module__}:{type(self).__name__}")
+        block_key = self.attribute_map.get("block_length", "block_length")
+        known = {
+            "mask_token_id": family.mask_token_id,
+            "eos_token_id": family.eos_token_id,
+            block_key: family.block_length,
+        }
+        kwargs |= {key: value for key, value in known.items() if value is not None and kwargs.get(key) is None}
+        required = (*self.required_keys, "mask_token_id", "eos_token_id")
+        if missing := [key for key in required if key not in kwargs]:
             raise ValueError(
                 f"config.json of this {self.model_type!r} model lacks {', '.join(missing)}; no default can stand in "
                 "for a structural key: take config.json from the published checkpoint"
             )
         self._refuse_other_structures({key: kwargs[key] for key in self.supported_values if key in kwargs})
         super().__init__(**kwargs)
-        if self._rotation == {"rope_type": "default", "rope_theta": self.rope_theta}:
+        if self._rotation == self._plain_rotation:
             self.rope_parameters = None  # says nothing else, and would contradict an override of rope_theta
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config of the family that config.json names as its architecture: families share a ``model_type``."""
+        architecture = (config_dict.get("architectures") or [""])[0]
+        own = config_class(architecture) if architecture in ARCHITECTURES else cls
+        return super(DiffusionConfig, own).from_dict(config_dict, **kwargs)
+
+    @property
+    def head_size(self) -> int:
+        return getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_size(self) -> int:
+        """Dimensions of a head that positions rotate."""
+        return int(self.head_size * (getattr(self, "partial_rotary_factor", None) or 1))
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the embedding, those that pad the vocabulary among them."""
+        return self.vocab_size
 
     @property
     def _rotation(self) -> dict[str, Any]:
         return getattr(self, "rope_parameters", None) or {}
+
+    @property
+    def _plain_rotation(self) -> dict[str, Any]:
+        factor = getattr(self, "partial_rotary_factor", None)
+        partial = {} if factor is None else {"partial_rotary_factor": factor}
+        return {"rope_type": "default", "rope_theta": self.rope_theta} | partial
 
     def check(self) -> None:
         """Raise ValueError, naming the key, for a value no model can be built of, from config.json or an override."""
         values = {key: getattr(self, key) for key in self.supported_values if hasattr(self, key)}
         values.pop("rope_scaling", None)  # where transformers keeps the plain rotation, too
         self._refuse_other_structures(values)
-        plain = {"rope_type": "default", "rope_theta": self.rope_theta}
+        plain = self._plain_rotation
         if plain | self._rotation != plain:
             raise ValueError(
                 f"rope_parameters is {self._rotation!r}, and positions are rotated by rope_theta alone, which is "
@@ -57,11 +105,17 @@ class _StrictConfig(PretrainedConfig):
                 raise ValueError(
                     f"{key} must be a positive number, got {value!r}; take it from the published config.json"
                 )
-        for key in self.sizes:
+        blocks = ("block_length",) if hasattr(self, "block_length") else ()
+        for key in (*self.sizes, *blocks):
             if not is_integer(value := getattr(self, key)) or value < 1:
                 raise ValueError(
                     f"{key} must be a positive integer, got {value!r}; take it from the published config.json"
                 )
+        if self.rotary_size % 2 or not 0 < self.rotary_size <= self.head_size:
+            raise ValueError(
+                f"partial_rotary_factor must make an even number of a head's {self.head_size} dimensions turn, got "
+                f"{self.rotary_size}; take it and head_dim from the published config.json"
+            )
         for key in ("mask_token_id", "eos_token_id"):
             if not is_integer(value := getattr(self, key)) or not 0 <= value < self.vocab_size:
                 raise ValueError(
@@ -82,7 +136,7 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-class LLaDAConfig(_StrictConfig):
+class LLaDAConfig(DiffusionConfig):
     """LLaDA (dense): keys as in GSAI-ML/LLaDA-8B-Instruct:config.json, also under the names engines read."""
 
     model_type = "llada"
@@ -111,8 +165,6 @@ class LLaDAConfig(_StrictConfig):
         "rope_theta",
         "rms_norm_eps",
         "weight_tying",
-        "mask_token_id",
-        "eos_token_id",
     )
     supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {
         "block_type": ("llama",),
@@ -140,6 +192,10 @@ class LLaDAConfig(_StrictConfig):
         if self.embedding_size is None:
             self.embedding_size: int = self.vocab_size
 
+    @property
+    def num_embeddings(self) -> int:
+        return self.embedding_size
+
     def check(self) -> None:
         super().check()
         if not is_integer(self.embedding_size) or self.embedding_size < self.vocab_size:
@@ -149,25 +205,34 @@ class LLaDAConfig(_StrictConfig):
             )
 
 
-class DreamConfig(_StrictConfig):
+# what config.json of Llama's and Qwen's layouts must have
+LLAMA_KEYS = (*DiffusionConfig.sizes, "rope_theta", "rms_norm_eps", "tie_word_embeddings")
+
+
+class DreamConfig(DiffusionConfig):
     """Dream, DiffuCoder, Dream-Coder: keys as in Dream-org/Dream-v0-Instruct-7B:config.json."""
 
     model_type = "Dream"
-    required_keys = (
-        *_StrictConfig.sizes,
-        "rope_theta",
-        "rms_norm_eps",
-        "tie_word_embeddings",
-        "mask_token_id",
-        "eos_token_id",
-    )
+    required_keys = LLAMA_KEYS
     supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {
         "hidden_act": ("silu",),
         "rope_scaling": (None,),
         "use_sliding_window": (False, None),
         "use_mrope": (False, None),
     }
+    __init__ = DiffusionConfig.__init__
 
-    def __init__(self, **kwargs: Any) -> None:
-        # transformers replaces the inherited __init__ of a class that has none of its own
-        super().__init__(**kwargs)
+
+class SDARConfig(DiffusionConfig):
+    """SDAR, TraDo: keys as in yjyddq/DARE:models/SDAR-4B-Chat/config.json. Heads are wider than hidden_size / heads."""
+
+    model_type = "sdar"
+    attribute_map: ClassVar[dict[str, str]] = {"block_length": "block_size"}
+    required_keys = (*LLAMA_KEYS, "head_dim")
+    supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "hidden_act": ("silu",),
+        "rope_scaling": (None,),
+        "attention_bias": (False, None),
+        "use_sliding_window": (False, None),
+    }
+    __init__ = DiffusionConfig.__init__

@@ -1,14 +1,13 @@
-"""The decoder both families share, over vLLM's parallel layers: pre-norm blocks, gated MLP, bidirectional attention.
+"""The decoder all families share, over vLLM's parallel layers: pre-norm blocks, gated MLP or experts, windowed attention.
 
-What differs between families is a `Shape` and the precision of RoPE; what a checkpoint calls its tensors is a
-`WeightNames`. RMSNorm, RoPE and the gated activation are our own because vLLM's fused ones round at other places than the
-reference code, and a token is decided by the last bit of a confidence.
+What differs between families is a `Shape`; what a checkpoint calls its tensors is a `WeightNames`. RMSNorm, RoPE and the
+gated activation are our own because vLLM's fused ones round at other places than the reference code, and a token is
+decided by the last bit of a confidence.
 """
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -23,41 +22,48 @@ from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 
 from dllm_plugin.attention import DiffusionAttention
 from dllm_plugin.kernels.gated_silu import gated_silu
+from dllm_plugin.kernels.head_norm import head_norm
 from dllm_plugin.kernels.rms_norm import rms_norm
 from dllm_plugin.kernels.rotary import rotate
+from dllm_plugin.models.configs import DiffusionConfig
+from dllm_plugin.models.names import WeightNames
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Dimensions of a decoder, and the two numerical choices that differ between families."""
+    """Dimensions of a decoder, and the choices that differ between families."""
 
     hidden_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
+    head_size: int
+    rotary_size: int  # the first dimensions of a head, which positions rotate
     intermediate_size: int
     num_embeddings: int  # and columns of the logits, those that pad the vocabulary among them
     norm_eps: float
     rope_theta: float
     qkv_bias: bool
+    qk_norm: bool  # of each head, before it is rotated
     tie_embeddings: bool
-    # LLaDA rotates q and k in float32; Dream rounds cos and sin to the activations' dtype first
+    # LLaDA rotates q and k in float32; the others round cos and sin to the activations' dtype first
     rope_in_float32: bool
-
-    @property
-    def head_size(self) -> int:
-        return self.hidden_size // self.num_heads
 
     def tensor_shape(self, target: str, shard: int | str | None) -> tuple[int, ...]:
         """Shape of the checkpoint's tensor for a parameter of the decoder, or for a shard of it."""
         *_, module, kind = target.split(".")
+        if module in ("q_norm", "k_norm"):
+            return (self.head_size,)
+        heads: dict[Any, int] = {"q": self.num_heads, "k": self.num_kv_heads, "v": self.num_kv_heads}
         rows = {
             "embedding": self.num_embeddings,
             "head": self.num_embeddings,
             "gate_up_proj": self.intermediate_size,
-            "qkv_proj": (self.num_heads if shard == "q" else self.num_kv_heads) * self.head_size,
+            "qkv_proj": self.head_size * heads.get(shard, sum(heads.values())),
         }.get(module, self.hidden_size)
-        columns = self.intermediate_size if module == "down_proj" else self.hidden_size
+        columns = {"down_proj": self.intermediate_size, "o_proj": self.head_size * self.num_heads}.get(
+            module, self.hidden_size
+        )
         return (rows,) if kind == "bias" or module.endswith("norm") else (rows, columns)
 
 
@@ -73,12 +79,26 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps, residual)
 
 
-def rotary_angles(positions: torch.Tensor, head_size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, float32 ``[tokens, 1, head_size]``, both halves alike (NeoX layout)."""
-    exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=positions.device) / head_size
+def rotary_angles(positions: torch.Tensor, rotary_size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, float32 ``[tokens, 1, rotary_size]``, both halves alike (NeoX layout)."""
+    exponent = torch.arange(0, rotary_size, 2, dtype=torch.float32, device=positions.device) / rotary_size
     angle = positions.float()[:, None] * (1.0 / theta**exponent)
     angle = torch.cat((angle, angle), dim=-1)[:, None, :]
     return angle.cos(), angle.sin()
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, hidden_size: int, intermediate_size: int, quant_config: Any, prefix: str) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            hidden_size, [intermediate_size] * 2, bias=False, quant_config=quant_config, prefix=f"{prefix}.gate_up_proj"
+        )
+        self.down_proj = RowParallelLinear(
+            intermediate_size, hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.down_proj"
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(gated_silu(self.gate_up_proj(x)[0]))[0]
 
 
 class Block(nn.Module):
@@ -103,14 +123,13 @@ class Block(nn.Module):
         self.attention = DiffusionAttention(
             self.num_heads, self.num_kv_heads, head_size, vllm_config, prefix=f"{prefix}.attention"
         )
-        self.o_proj = RowParallelLinear(size, size, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj")
+        self.q_norm = RMSNorm(head_size, shape.norm_eps) if shape.qk_norm else None
+        self.k_norm = RMSNorm(head_size, shape.norm_eps) if shape.qk_norm else None
+        self.o_proj = RowParallelLinear(
+            shape.num_heads * head_size, size, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
+        )
         self.post_attention_norm = RMSNorm(size, shape.norm_eps)
-        self.gate_up_proj = MergedColumnParallelLinear(
-            size, [shape.intermediate_size] * 2, bias=False, quant_config=quant_config, prefix=f"{prefix}.gate_up_proj"
-        )
-        self.down_proj = RowParallelLinear(
-            shape.intermediate_size, size, bias=False, quant_config=quant_config, prefix=f"{prefix}.down_proj"
-        )
+        self.mlp = GatedMLP(size, shape.intermediate_size, quant_config, prefix=f"{prefix}.mlp")
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
@@ -118,17 +137,17 @@ class Block(nn.Module):
         """Output and residual, as yet apart: the next norm adds them. The first block's input has no residual."""
         x, residual = self.input_norm(x, residual)
         x, residual = self.post_attention_norm(self.attend(x, cos, sin), residual)
-        return self.feed_forward(x), residual
+        return self.mlp(x), residual
 
     def attend(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         qkv, _ = self.qkv_proj(x)
         heads = qkv.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_size)
+        values = heads[:, -self.num_kv_heads :]
+        if self.q_norm is not None and self.k_norm is not None:
+            weights = self.q_norm.weight, self.k_norm.weight
+            heads = head_norm(heads, self.num_heads, self.num_kv_heads, *weights, self.q_norm.eps)
         q, k = rotate(heads, self.num_heads, self.num_kv_heads, cos, sin)
-        out = self.attention(q, k, heads[:, -self.num_kv_heads :])
-        return self.o_proj(out.flatten(1))[0]
-
-    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(gated_silu(self.gate_up_proj(x)[0]))[0]
+        return self.o_proj(self.attention(q, k, values).flatten(1))[0]
 
 
 class Decoder(nn.Module):
@@ -158,7 +177,7 @@ class Decoder(nn.Module):
     ) -> torch.Tensor:
         """Hidden states ``[tokens, hidden_size]`` after the final norm."""
         x, residual = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds, None
-        cos, sin = rotary_angles(positions, self.shape.head_size, self.shape.rope_theta)
+        cos, sin = rotary_angles(positions, self.shape.rotary_size, self.shape.rope_theta)
         if not self.shape.rope_in_float32:
             cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for block in self.blocks:
@@ -169,51 +188,16 @@ class Decoder(nn.Module):
         return self.logits_processor(self.head, hidden_states)
 
 
-@dataclass(frozen=True)
-class WeightNames:
-    """What a family's checkpoint calls the decoder's modules, as (our module, shard of it) for each of its modules.
+class DiffusionLM(nn.Module, SupportsLoRA):
+    """What vLLM asks of a model, for a family given by its tensor ``names`` and the `Shape` its config describes.
 
-    ``layer``: what stands before a block's number. ``in_layer``: modules of a block. ``outside``: all others.
+    ``qkv_bias``, ``qk_norm``, ``rope_in_float32``: as in `Shape`, where a family's config.json does not say.
     """
 
-    layer: str
-    in_layer: dict[str, tuple[str, int | str | None]]
-    outside: dict[str, str]
-
-    def locate(self, name: str) -> tuple[str, int | str | None]:
-        """Our parameter and the shard of it that the checkpoint's tensor ``name`` holds; ("", None) if unknown."""
-        module, _, kind = name.rpartition(".")
-        if match := re.fullmatch(rf"{re.escape(self.layer)}\.(\d+)\.(.+)", module):
-            target, shard = self.in_layer.get(match[2], ("", None))
-            return (f"blocks.{match[1]}.{target}.{kind}", shard) if target else ("", None)
-        return (f"{self.outside[module]}.{kind}", None) if module in self.outside else ("", None)
-
-    @property
-    def mapper(self) -> WeightsMapper:
-        """The same mapping for vLLM, which renames the modules that adapters and quantization configs speak of.
-
-        A shard of a stacked projection keeps a name of its own there (``q_proj``), as `packed_modules_mapping` lists.
-        """
-        shard_names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", 0: "gate_proj", 1: "up_proj"}
-        patterns = {
-            rf"^{re.escape(self.layer)}\.(\d+)\.{re.escape(leaf)}(?=\.|$)": (
-                rf"decoder.blocks.\1.{shard_names.get(shard, ours)}"
-            )
-            for leaf, (ours, shard) in self.in_layer.items()
-        }
-        patterns |= {rf"^{re.escape(module)}(?=\.|$)": f"decoder.{ours}" for module, ours in self.outside.items()}
-        return WeightsMapper(orig_to_new_regex={re.compile(pattern): new for pattern, new in patterns.items()})
-
-    def tensors_of(self, num_layers: int) -> Iterable[str]:
-        """Every name `locate` knows, weights and biases alike."""
-        modules = [*self.outside, *(f"{self.layer}.{i}.{leaf}" for i in range(num_layers) for leaf in self.in_layer)]
-        return (f"{module}.{kind}" for module in modules for kind in ("weight", "bias"))
-
-
-class DiffusionLM(nn.Module, SupportsLoRA):
-    """What vLLM asks of a model, for a family given by its tensor ``names`` and the `Shape` its config describes."""
-
     names: WeightNames
+    qkv_bias: ClassVar[bool] = False
+    qk_norm: ClassVar[bool] = False
+    rope_in_float32: ClassVar[bool] = False
     hf_to_vllm_mapper: WeightsMapper
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {  # type: ignore[misc]  # vLLM means one, and writes no ClassVar
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
@@ -223,14 +207,29 @@ class DiffusionLM(nn.Module, SupportsLoRA):
     def __init_subclass__(cls) -> None:
         cls.hf_to_vllm_mapper = cls.names.mapper
 
-    @staticmethod
-    def shape_of(config: Any) -> Shape:
-        raise NotImplementedError
+    @classmethod
+    def shape_of(cls, config: DiffusionConfig) -> Shape:
+        return Shape(
+            hidden_size=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_size=config.head_size,
+            rotary_size=config.rotary_size,
+            intermediate_size=config.intermediate_size,
+            num_embeddings=config.num_embeddings,
+            norm_eps=config.rms_norm_eps,
+            rope_theta=config.rope_theta,
+            qkv_bias=cls.qkv_bias,
+            qk_norm=cls.qk_norm,
+            tie_embeddings=config.tie_word_embeddings,
+            rope_in_float32=cls.rope_in_float32,
+        )
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.quant_config = vllm_config.quant_config
-        self.config = vllm_config.model_config.hf_config  # vLLM's LoRA manager reads it
+        self.config = cast(DiffusionConfig, vllm_config.model_config.hf_config)  # vLLM's LoRA manager reads it
         shape = self.shape_of(self.config)
         self.decoder = Decoder(shape, vllm_config, prefix=maybe_prefix(prefix, "decoder"))
 

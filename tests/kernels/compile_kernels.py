@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from dllm_plugin.kernels.confidence import Choice, confidence_triton
 from dllm_plugin.kernels.gated_silu import gated_silu_triton
+from dllm_plugin.kernels.head_norm import head_norm_triton
 from dllm_plugin.kernels.rms_norm import rms_norm_triton
 from dllm_plugin.kernels.rotary import rotate_triton
 from dllm_plugin.kernels.store_kv import split_kv_cache, store_kv_triton
@@ -96,9 +97,16 @@ def norm(dtype: torch.dtype, size: int, residual: bool) -> None:
     rms_norm_triton(x, x[0], 1e-5, x if residual else None)
 
 
-def rotary(dtype: torch.dtype, angles: torch.dtype, num_heads: int, num_kv_heads: int, head_size: int) -> None:
+def heads_norm(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_size: int) -> None:
     heads = torch.zeros(2, num_heads + 2 * num_kv_heads, head_size, dtype=dtype)
-    angle = torch.zeros(2, 1, head_size, dtype=angles)
+    head_norm_triton(heads, num_heads, num_kv_heads, heads[0, 0], heads[0, 1], 1e-6)
+
+
+def rotary(
+    dtype: torch.dtype, angles: torch.dtype, num_heads: int, num_kv_heads: int, head_size: int, rotary_size: int = 0
+) -> None:
+    heads = torch.zeros(2, num_heads + 2 * num_kv_heads, head_size, dtype=dtype)
+    angle = torch.zeros(2, 1, rotary_size or head_size, dtype=angles)
     rotate_triton(heads, num_heads, num_kv_heads, angle, angle)
 
 
@@ -144,6 +152,7 @@ def configurations() -> Iterator[tuple[str, Callable, tuple]]:
         yield "store_kv", store, (dtype, 128)
         yield "rms_norm", norm, (dtype, 16_384, True)
         yield "rotate", rotary, (dtype, dtype, 20, 20, 80)
+        yield "head_norm", heads_norm, (dtype, 20, 20, 80)
         yield "gated_silu", gated, (dtype, 18_944)
     for residual in (False, True):
         yield "rms_norm", norm, (bf16, 3584, residual)
@@ -151,6 +160,9 @@ def configurations() -> Iterator[tuple[str, Callable, tuple]]:
         yield "rotate", rotary, (dtype, fp32, 20, 20, 80)
     for shape in ((28, 4, 128), (3, 2, 64)):
         yield "rotate", rotary, (bf16, fp32, *shape)
+    yield "rotate, part of a head", rotary, (bf16, bf16, 16, 4, 128, 64)
+    yield "head_norm", heads_norm, (bf16, 32, 8, 128)
+    yield "head_norm", heads_norm, (bf16, 3, 2, 64)
     yield "gated_silu", gated, (bf16, 12_288)
 
 

@@ -26,13 +26,14 @@ def check(heads, num_heads, num_kv_heads, cos, sin):
     before = [tensor.clone() for tensor in (heads, cos, sin)]
     got = rotate(heads, num_heads, num_kv_heads, cos, sin)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip((heads, cos, sin), before, strict=True))
-    used = heads[:, : num_heads + num_kv_heads].double()
+    used, rest = heads[:, : num_heads + num_kv_heads].double().tensor_split((cos.shape[2],), -1)
     first, second = used.chunk(2, -1)
-    want = used * cos.double() + torch.cat((-second, first), -1) * sin.double()
+    want = torch.cat((used * cos.double() + torch.cat((-second, first), -1) * sin.double(), rest), -1)
     tolerance = 3 * torch.finfo(cos.dtype).eps + torch.finfo(heads.dtype).eps
     for part, expected in zip(got, want.split([num_heads, num_kv_heads], 1), strict=True):
         assert part.shape == expected.shape and part.dtype == heads.dtype and part.stride(2) == 1
         torch.testing.assert_close(part.double(), expected, rtol=0, atol=tolerance * float(used.abs().max()))
+        assert torch.equal(part[..., cos.shape[2] :].double(), expected[..., cos.shape[2] :])
     for kernel, rule in zip(
         rotate_triton(heads, num_heads, num_kv_heads, cos, sin),
         rotate_rule(heads, num_heads, num_kv_heads, cos, sin),
@@ -53,6 +54,14 @@ def test_rotation(implementation, tokens, num_heads, num_kv_heads, head_size, dt
 def test_odd_head_sizes_and_no_values(implementation):
     for head_size in (2, 6, 34):
         check(torch.randn(3, 9, head_size), 5, 4, *angles(3, head_size))
+
+
+@pytest.mark.parametrize(("dtype", "angle_dtype"), DTYPES)
+@pytest.mark.parametrize(("head_size", "rotary_size"), [(128, 64), (32, 2), (40, 38), (96, 24), (31, 8)])
+def test_part_of_a_head(implementation, head_size, rotary_size, dtype, angle_dtype):
+    """The first dimensions turn among themselves, the rest has its very bits."""
+    heads = torch.randn(3, 11, head_size).to(dtype)
+    check(heads, 7, 2, *angles(3, rotary_size, angle_dtype))
 
 
 def test_strided_heads(implementation):
@@ -77,14 +86,16 @@ def test_no_tokens(implementation):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"heads": torch.zeros(3, 256)}, r"heads must be bf16, fp16 or fp32 \[tokens, n, even head_size\]"),
+        ({"heads": torch.zeros(3, 256)}, r"heads must be bf16, fp16 or fp32 \[tokens, n, head_size\]"),
         ({"heads": torch.zeros(3, 8, 32, dtype=torch.float64)}, "got torch.float64"),
-        ({"heads": torch.zeros(3, 8, 31)}, r"even head_size.* got .*\[3, 8, 31\]"),
+        ({"heads": torch.zeros(3, 8, 31)}, r"even size of at most 31\], .* got .*\[3, 1, 32\]"),
+        ({"cos": torch.zeros(3, 1, 15), "sin": torch.zeros(3, 1, 15)}, r"even size.* got .*\[3, 1, 15\]"),
+        ({"cos": torch.zeros(3, 1, 0), "sin": torch.zeros(3, 1, 0)}, r"even size.* got .*\[3, 1, 0\]"),
         ({"heads": torch.zeros(3, 8, 64)[..., ::2]}, r"contiguous last dimension, .* strides \(512, 64, 2\)"),
         ({"num_heads": 7}, "must hold num_heads and num_kv_heads, got 7 and 2"),
         ({"num_heads": -1}, "got -1 and 2"),
         ({"num_kv_heads": 0}, "got 4 and 0"),
-        ({"cos": torch.zeros(2, 1, 32)}, r"cos and sin must both be contiguous \[3, 1, 32\]"),
+        ({"cos": torch.zeros(2, 1, 32)}, r"cos and sin must both be contiguous \[3, 1, even size of at most 32\]"),
         ({"sin": torch.zeros(3, 1, 16)}, r"torch.float32 \[3, 1, 16\]"),
         ({"sin": torch.zeros(3, 1, 32, dtype=torch.float16)}, "torch.float16"),
         ({"cos": torch.zeros(3, 1, 32).half(), "sin": torch.zeros(3, 1, 32).half()}, "float32 or torch.float32"),

@@ -263,12 +263,32 @@ def amplify(head: Tensor, loud: dict[int, float] | None) -> None:
 
 
 def write(
-    folder: str | Path, config: dict, generation_config: dict, weights: dict[str, Tensor], dtype: torch.dtype
+    folder: str | Path,
+    config: dict,
+    generation_config: dict,
+    weights: dict[str, Tensor],
+    dtype: torch.dtype,
+    *,
+    shards: int = 1,
+    dtypes: dict[str, torch.dtype] | None = None,
 ) -> Path:
+    """`dtypes` names the tensors that are not saved in `dtype`; more than one shard spreads every layer over all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps(generation_config, indent=2) + "\n")
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    dtypes = dict.fromkeys(weights, dtype) | (dtypes or {})
+    tensors = {name: tensor.to(dtypes[name]).contiguous() for name, tensor in weights.items()}
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = dict(list(tensors.items())[shard::shards])
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    total_size = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     return folder

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import dream, llada
+from .block_models import BlockModel, CachedBlockModel
 from .cached_model import CachedModel
 from .decoding import Block, Canvas, Generation, Uniforms, blocks, choose, most_confident
 from .model import ReferenceModel
@@ -49,7 +50,7 @@ class Infilling(Canvas):
 
 
 def generate(
-    model: ReferenceModel,
+    model: ReferenceModel | BlockModel,
     prompt_ids: list[int],
     gen_length: int,
     steps: int,
@@ -78,7 +79,7 @@ def generate(
         raise ValueError(f"cache is one of {', '.join(CACHES)}, not {cache!r}")
     canvas = Infilling(prompt_ids, gen_length, model.mask_token_id, stop_ids, suffix_ids=suffix_ids, template=template)
     before, length = len(prompt_ids), len(canvas.ids)
-    cached = CachedModel(model, length)
+    cached = (CachedBlockModel if isinstance(model, BlockModel) else CachedModel)(model, length)
     for block in blocks(gen_length, block_length, max(steps, -(-gen_length // (block_length or gen_length)))):
         quotas = llada.transfer_counts(len(canvas.candidates(block)), block.steps)
         times, shares = dream.transfer_times(block.steps, eps), dream.transfer_shares(block.steps, eps)

@@ -31,6 +31,11 @@ RANDOM_WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def temporary_folder(name: str) -> Path:
+    """Where a test module writes a checkpoint; gone at the end of the process."""
+    return Path(_folder.name) / name
+
+
 @functools.cache
 def folder(checkpoint: str | Path) -> Path:
     """The folder of a checkpoint by its name, which is one of RANDOM_WEIGHTS or a bundled one; a folder is itself."""
