@@ -1,5 +1,6 @@
 """What vLLM's configuration must be for a diffusion language model: set where unset, refused where it does not fit."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +10,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from dllm_plugin.admission import UNSUPPORTED, DiffusionAdmission, admission_for
 from dllm_plugin.families import family_of
-from dllm_plugin.params import DiffusionParams, check_token_ids, engine_settings, parse_engine_defaults
+from dllm_plugin.params import BLOCK, DiffusionParams, check_token_ids, engine_settings, parse_engine_defaults
 from dllm_plugin.plugin import TOKENIZER_MODE
 from dllm_plugin.settings import EngineSettings, model_config_of
 
@@ -27,9 +28,11 @@ DEFAULT_CPU_PAGE = 128  # positions in a page of the KV cache, where vLLM choose
 def engine_defaults(vllm_config: "VllmConfig") -> DiffusionParams:
     """Decoding parameters of a request that gives none: the family's, then those of ``--additional-config``."""
     model = vllm_config.model_config
-    defaults = parse_engine_defaults(
-        engine_settings(vllm_config.additional_config), family_of(model.architecture).defaults
-    )
+    family = family_of(model.architecture)
+    base = family.defaults
+    if family.attention == "block_causal":
+        base = replace(base, strategy=BLOCK, block_length=model.hf_config.block_length)
+    defaults = parse_engine_defaults(engine_settings(vllm_config.additional_config), base)
     check_token_ids(defaults, model.get_vocab_size(), label='--additional-config {"diffusion": ...} ')
     return defaults
 
@@ -152,9 +155,11 @@ def is_admission(processor: Any) -> bool:
 
 
 def fit_token_budget(vllm_config: "VllmConfig") -> None:
-    """Make the token budget of a step hold the longest sequence: a window is never chunked."""
+    """Make the token budget of a step hold the longest sequence: a window under full attention is never chunked."""
     from vllm.engine.arg_utils import EngineArgs
 
+    if family_of(vllm_config.model_config.architecture).prefix_stands_alone:
+        return
     scheduler, max_model_len = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
     if scheduler.max_num_scheduled_tokens is not None and scheduler.max_num_scheduled_tokens < max_model_len:
         raise ValueError(

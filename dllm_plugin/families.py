@@ -18,7 +18,6 @@ class Family:
     ``attention``: under "full" every position sees every other, under "block_causal" those up to the end of its own block,
     in blocks counted from the beginning of the sequence. ``mask_token_id``, ``eos_token_id``, ``block_length`` (tokens of a
     block the model was trained with): where config.json, whose values come first, has none.
-    ``prefix_stands_alone``: keys and values of a prefix do not depend on what follows, so that requests may share them.
     """
 
     name: str
@@ -32,7 +31,11 @@ class Family:
     mask_token_id: int | None = None
     eos_token_id: int | None = None
     block_length: int | None = None
-    prefix_stands_alone: bool = False
+
+    @property
+    def prefix_stands_alone(self) -> bool:
+        """Keys and values of whole blocks do not depend on what follows, so that requests may share them."""
+        return self.attention == "block_causal"
 
 
 # The architectures are the names published checkpoints carry (LLaDAModelLM, DreamModel), and ours where it differs.
