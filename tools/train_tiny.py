@@ -410,6 +410,31 @@ def added_token(family: Family, token: str) -> dict:
     return {"id": family.token_id(token), "content": token} | flags | {"special": True}
 
 
+def added_tokens_decoder(family: Family) -> dict:
+    tokens = [added_token(family, token) for token in family.special_tokens]
+    return {str(token.pop("id")): token for token in tokens}
+
+
+def write_fast_vocabulary(folder: Path, family: Family) -> None:
+    """One file, as PreTrainedTokenizerFast loads it."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    write_json(folder / "tokenizer.json", {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [added_token(family, token) for token in family.special_tokens],
+        "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                  "vocab": {text: i for i, text in enumerate(BYTE_TEXT)}, "merges": []},
+    })  # fmt: skip
+
+
+def write_qwen_vocabulary(folder: Path, family: Family) -> None:
+    """Three files, as Qwen2Tokenizer loads them."""
+    write_json(folder / "vocab.json", {text: i for i, text in enumerate(BYTE_TEXT)})
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    write_json(folder / "added_tokens.json", {token: family.token_id(token) for token in family.special_tokens})
+
+
 def write_llada(folder: Path) -> None:
     eos, mask = LLADA.token_id("<|endoftext|>"), LLADA.token_id(LLADA.mask)
     config = {
@@ -430,15 +455,6 @@ def write_llada(folder: Path) -> None:
         "transformers_version": "4.46.3", "use_cache": False, "vocab_size": VOCAB_SIZE, "weight_tying": False,
     }  # fmt: skip
     generation = {"eos_token_id": eos, "pad_token_id": eos, "transformers_version": "4.46.3"}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    tokenizer = {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [added_token(LLADA, token) for token in LLADA.special_tokens],
-        "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                  "vocab": {text: i for i, text in enumerate(BYTE_TEXT)}, "merges": []},
-    }  # fmt: skip
     named = {"bos_token": "<|startoftext|>", "cls_token": "[CLS]", "eos_token": "<|endoftext|>",
              "gmask_token": "[gMASK]", "pad_token": "<|endoftext|>"}  # fmt: skip
     # Like the real template, it always ends with the assistant's header.
@@ -450,7 +466,7 @@ def write_llada(folder: Path) -> None:
     )
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation)
-    write_json(folder / "tokenizer.json", tokenizer)
+    write_fast_vocabulary(folder, LLADA)
     write_json(folder / "special_tokens_map.json", named)
     write_json(folder / "tokenizer_config.json", {
         "add_bos_token": False, "add_eos_token": False, "chat_template": template,
@@ -478,7 +494,6 @@ def write_dream(folder: Path) -> None:
         "output_history": False, "return_dict_in_generate": False, "steps": 512, "temperature": 0.0, "top_k": None,
         "top_p": None, "transformers_version": "4.46.2",
     }  # fmt: skip
-    added = {token: DREAM.token_id(token) for token in DREAM.special_tokens}
     named = {"bos_token": "<|beginoftext|>", "eos_token": "<|endoftext|>", "mask_token": "<|mask|>",
              "pad_token": "<|endoftext|>"}  # fmt: skip
     also_special = ["<|im_start|>", "<|im_end|>"]
@@ -493,13 +508,10 @@ def write_dream(folder: Path) -> None:
     )
     write_json(folder / "config.json", config | ends)
     write_json(folder / "generation_config.json", generation | ends)
-    write_json(folder / "vocab.json", {text: i for i, text in enumerate(BYTE_TEXT)})
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    write_json(folder / "added_tokens.json", added)
+    write_qwen_vocabulary(folder, DREAM)
     write_json(folder / "special_tokens_map.json", {"additional_special_tokens": also_special} | named)
-    decoder = {str(i): {k: v for k, v in added_token(DREAM, token).items() if k != "id"} for token, i in added.items()}
     write_json(folder / "tokenizer_config.json", {
-        "add_bos_token": False, "add_prefix_space": False, "added_tokens_decoder": decoder,
+        "add_bos_token": False, "add_prefix_space": False, "added_tokens_decoder": added_tokens_decoder(DREAM),
         "additional_special_tokens": also_special,
         "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}, "chat_template": template,
         "clean_up_tokenization_spaces": False, "errors": "replace", "model_max_length": MAX_LENGTH,
