@@ -65,18 +65,13 @@ def attention_kernel(
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for index in range(first, whole):
-        highest, total, acc = _attend_block(
-            q, highest, total, acc, index * KEYS, limit, high, scale_log2e, k_source, v_source, table, begin, kv_head,
-            k_stride_page, k_stride_token, v_stride_page, v_stride_token, table_stride_page,
-            PAGE_SIZE, HEAD_SIZE, BLOCK_D, KEYS, DESCRIPTORS, MASKED=False,
-        )  # fmt: skip
-    for index in range(whole, last):
-        highest, total, acc = _attend_block(
-            q, highest, total, acc, index * KEYS, limit, high, scale_log2e, k_source, v_source, table, begin, kv_head,
-            k_stride_page, k_stride_token, v_stride_page, v_stride_token, table_stride_page,
-            PAGE_SIZE, HEAD_SIZE, BLOCK_D, KEYS, DESCRIPTORS, MASKED=True,
-        )  # fmt: skip
+    for masked in tl.static_range(2):
+        for index in range(whole if masked else first, last if masked else whole):
+            highest, total, acc = _attend_block(
+                q, highest, total, acc, index * KEYS, limit, high, scale_log2e, k_source, v_source, table, begin,
+                kv_head, k_stride_page, k_stride_token, v_stride_page, v_stride_token, table_stride_page,
+                PAGE_SIZE, HEAD_SIZE, BLOCK_D, KEYS, DESCRIPTORS, MASKED=masked,
+            )  # fmt: skip
 
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]  # a row that saw no key is all zeros
     if SPLITS == 1:
