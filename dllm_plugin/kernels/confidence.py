@@ -25,17 +25,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dllm_plugin.kernels import philox
+from dllm_plugin.kernels import dispatch, philox
 from dllm_plugin.kernels.confidence_triton import entropy_kernel, merge_kernel, part_kernel
-from dllm_plugin.kernels.dispatch import (
-    INTERPRETED,
-    contiguous,
-    device_generation,
-    num_multiprocessors,
-    refuse_devices,
-    triton,
-    use_triton,
-)
+from dllm_plugin.kernels.dispatch import contiguous, refuse, triton, use_triton
 
 ENTROPY_EPSILON = 1e-10  # Dream's
 _SCRATCH_BYTES = 2_000_000
@@ -259,31 +251,31 @@ def _rows_per_copy(x: Tensor) -> int:
 
 def _check(logits: Tensor, choice: Choice) -> None:
     if logits.dim() != 2 or not logits.dtype.is_floating_point or logits.shape[1] == 0 or logits.stride(1) != 1:
-        raise ValueError(
-            f"logits must be floating [rows, vocab] with contiguous rows of at least one column, got {logits.dtype} "
-            f"{list(logits.shape)} with strides {logits.stride()}; pass logits.contiguous()"
-        )
-    rows, device = logits.shape[0], logits.device
-    for name, ids in (("no_choice", choice.no_choice), ("no_mass", choice.no_mass)):
-        if ids is None:
-            continue
-        if ids.dim() != 2 or ids.shape[0] != rows or ids.dtype != torch.int64:
-            raise ValueError(f"{name} must be int64 [{rows}, n], padded with -1, got {ids.dtype} {list(ids.shape)}")
-        if ids.device != device:
-            refuse_devices(logits=logits, **{name: ids})
+        must = "logits must be floating [rows, vocab] with contiguous rows of at least one column"
+        refuse(must, {"logits": logits}, remedy="pass logits.contiguous()")
+    check_ids("no_choice", choice.no_choice, logits)
+    check_ids("no_mass", choice.no_mass, logits)
     if choice.temperature is None:
         if choice.tempered is not None:
             raise ValueError("tempered asks for statistics at the row's temperature; pass temperature too")
         return
+    rows, device = logits.shape[0], logits.device
     for name, dtype in _NOISE.items():
         tensor = getattr(choice, name)
         if tensor is None:
             if name != "tempered":
                 raise ValueError(f"temperature needs {name} [{rows}] for its noise; pass it, or temperature=None")
-        elif tensor.shape != (rows,) or tensor.dtype != dtype:
-            raise ValueError(f"{name} must be {dtype} [{rows}], got {tensor.dtype} {list(tensor.shape)}")
-        elif tensor.device != device:
-            refuse_devices(logits=logits, **{name: tensor})
+        elif tensor.shape != (rows,) or tensor.dtype != dtype or tensor.device != device:
+            refuse(f"{name} must be {dtype} [{rows}]", {name: tensor}, {"logits": logits})
+
+
+def check_ids(name: str, ids: Tensor | None, logits: Tensor) -> None:
+    """Refuses what cannot be `no_choice` or `no_mass` of these rows, by shape, dtype and device."""
+    rows = logits.shape[0]
+    if ids is not None and (
+        ids.dim() != 2 or ids.shape[0] != rows or ids.dtype != torch.int64 or ids.device != logits.device
+    ):
+        refuse(f"{name} must be int64 [{rows}, n], padded with -1", {name: ids}, {"logits": logits})
 
 
 def confidence_triton(logits: Tensor, choice: Choice) -> Confidence:
@@ -307,7 +299,7 @@ def confidence_triton(logits: Tensor, choice: Choice) -> Confidence:
     partial = logits.new_empty((rows, _PARTIALS, parts), dtype=torch.float32)
     normalizer = logits.new_empty((rows, 2), dtype=torch.float32) if entropy else None
     # From capability 9 on the second kernel is launched while the first one ends, and waits for it on the device.
-    early = device_generation(logits.device) >= 9 and not INTERPRETED
+    early = dispatch.device_generation(logits.device) >= 9 and not dispatch.INTERPRETED
     part_kernel[(rows * parts,)](
         logits, logits.stride(0), no_choice, no_mass, temperature, tempered, *noise, partial,
         vocab, tiles, parts,
@@ -336,6 +328,6 @@ def _split_rows(logits: Tensor) -> tuple[int, int, int]:
     rows, vocab = logits.shape
     tile = min(_TILE, max(triton.next_power_of_2(vocab), 128))
     tiles = triton.cdiv(vocab, tile)
-    slots = _PARTS_PER_MULTIPROCESSOR * num_multiprocessors(logits.device)
+    slots = _PARTS_PER_MULTIPROCESSOR * dispatch.num_multiprocessors(logits.device)
     parts = triton.cdiv(tiles, min(max(triton.cdiv(rows * tiles, slots), 1), tiles))
     return tile, triton.cdiv(tiles, parts), parts

@@ -31,19 +31,6 @@ except ImportError:  # a CPU installation needs no Triton
     triton = tl = _Absent()
     HAS_TRITON = False
 
-__all__ = [
-    "FLOATS",
-    "HAS_TRITON",
-    "INTERPRETED",
-    "contiguous",
-    "device_generation",
-    "num_multiprocessors",
-    "refuse_devices",
-    "tl",
-    "triton",
-    "use_triton",
-]
-
 ENVIRONMENT = "DLLM_PLUGIN_KERNELS"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # that a float32 holds exactly: kernels compute in that
 # Triton decides at decoration time whether a kernel is interpreted, so this is read once, at the same time.
@@ -96,6 +83,17 @@ def refuse_devices(**tensors: torch.Tensor | None) -> NoReturn:
         f"all tensors must be on one device, got {name} on '{first.device}' and {other} on '{device}'; "
         f"pass {other}.to('{first.device}')"
     )
+
+
+def refuse(
+    must: str, given: dict[str, torch.Tensor], beside: dict[str, torch.Tensor] | None = None, remedy: str = ""
+) -> NoReturn:
+    """Says what tensors must be and what was given, or which of them is not on the device of the one `beside` them."""
+    tensors = (beside or {}) | given
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        refuse_devices(**tensors)
+    was = " and ".join(f"{x.dtype} {list(x.shape)} with strides {x.stride()}" for x in given.values())
+    raise ValueError(f"{must}, got {was}" + (remedy and f"; {remedy}"))
 
 
 def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:

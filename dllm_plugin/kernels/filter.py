@@ -13,7 +13,8 @@ whatever the rows.
 import torch
 from torch import Tensor
 
-from dllm_plugin.kernels.dispatch import refuse_devices
+from dllm_plugin.kernels.confidence import check_ids
+from dllm_plugin.kernels.dispatch import refuse
 
 _SCRATCH_BYTES = 8_000_000
 _BYTES_PER_COLUMN = 24  # of a row that is sorted: values, columns, sums of probabilities, and what sorting takes itself
@@ -90,25 +91,13 @@ def _check(
     logits: Tensor, temperature: Tensor | None, top_k: Tensor | None, top_p: Tensor | None, no_choice: Tensor | None
 ) -> None:
     if logits.dim() != 2 or not logits.dtype.is_floating_point or logits.shape[1] == 0:
-        raise ValueError(
-            f"logits must be floating [rows, vocab] with at least one column, got {logits.dtype} {list(logits.shape)}"
-        )
+        refuse("logits must be floating [rows, vocab] with at least one column", {"logits": logits})
     rows = logits.shape[0]
     for name, tensor in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
         if tensor is None:
             continue
-        floating = name != "top_k"
-        if tensor.shape != (rows,) or tensor.dtype.is_floating_point != floating or tensor.dtype == torch.bool:
-            raise ValueError(
-                f"{name} must be {'floating' if floating else 'integer'} [{rows}], got {tensor.dtype} {list(tensor.shape)}"
-            )
-        if tensor.device != logits.device:
-            refuse_devices(logits=logits, **{name: tensor})
-    if no_choice is None:
-        return
-    if no_choice.dim() != 2 or no_choice.shape[0] != rows or no_choice.dtype != torch.int64:
-        raise ValueError(
-            f"no_choice must be int64 [{rows}, n], padded with -1, got {no_choice.dtype} {list(no_choice.shape)}"
-        )
-    if no_choice.device != logits.device:
-        refuse_devices(logits=logits, no_choice=no_choice)
+        kind, dtype = "integer" if name == "top_k" else "floating", tensor.dtype
+        right = dtype.is_floating_point == (kind == "floating") and dtype != torch.bool
+        if not right or tensor.shape != (rows,) or tensor.device != logits.device:
+            refuse(f"{name} must be {kind} [{rows}]", {name: tensor}, {"logits": logits})
+    check_ids("no_choice", no_choice, logits)

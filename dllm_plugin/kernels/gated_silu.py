@@ -7,16 +7,13 @@ Zero rows are allowed. The exponentials of kernel and rule differ by a few float
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm_plugin.kernels.dispatch import FLOATS, tl, triton, use_triton
+from dllm_plugin.kernels.dispatch import FLOATS, refuse, tl, triton, use_triton
 
 
 def gated_silu(x: Tensor) -> Tensor:
     """[rows, size], contiguous, of `x` [rows, 2 * size], gates first: bf16, fp16 or fp32, any row stride."""
     if x.dim() != 2 or x.shape[1] % 2 or x.dtype not in FLOATS or x.stride(1) != 1:
-        raise ValueError(
-            f"x must be bf16, fp16 or fp32 [rows, 2 * size] with contiguous columns, got {x.dtype} {list(x.shape)} with "
-            f"strides {x.stride()}"
-        )
+        refuse("x must be bf16, fp16 or fp32 [rows, 2 * size] with contiguous columns", {"x": x})
     run = gated_silu_triton if use_triton(x.device.type) else gated_silu_rule
     return run(x)
 

@@ -9,7 +9,7 @@ another order.
 import torch
 from torch import Tensor
 
-from dllm_plugin.kernels.dispatch import FLOATS, refuse_devices, tl, triton, use_triton
+from dllm_plugin.kernels.dispatch import FLOATS, refuse, tl, triton, use_triton
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -17,23 +17,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
     `x`, `residual` [rows, size], any row stride over contiguous columns, and `weight` [size] have one of the dtypes FLOATS.
     """
-    if x.device != weight.device or (residual is not None and residual.device != x.device):
-        refuse_devices(x=x, weight=weight, residual=residual)
     if x.dim() != 2 or x.dtype not in FLOATS or x.stride(1) != 1:
-        raise ValueError(
-            f"x must be bf16, fp16 or fp32 [rows, size] with contiguous columns, got {x.dtype} {list(x.shape)} with strides "
-            f"{x.stride()}"
-        )
-    if weight.shape != x.shape[1:] or weight.dtype != x.dtype or not weight.is_contiguous():
-        raise ValueError(
-            f"weight must be contiguous {x.dtype} [{x.shape[1]}] as x is {list(x.shape)}, got {weight.dtype} "
-            f"{list(weight.shape)} with strides {weight.stride()}"
-        )
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.stride(1) != 1):
-        raise ValueError(
-            f"residual must be {x.dtype} {list(x.shape)} with contiguous columns as x is, got {residual.dtype} "
-            f"{list(residual.shape)} with strides {residual.stride()}"
-        )
+        refuse("x must be bf16, fp16 or fp32 [rows, size] with contiguous columns", {"x": x})
+    dtype, device = x.dtype, x.device
+    if weight.shape != x.shape[1:] or weight.dtype != dtype or not weight.is_contiguous() or weight.device != device:
+        must = f"weight must be contiguous {dtype} [{x.shape[1]}] as x is {list(x.shape)}"
+        refuse(must, {"weight": weight}, {"x": x})
+    if residual is not None and (
+        residual.shape != x.shape or residual.dtype != dtype or residual.stride(1) != 1 or residual.device != device
+    ):
+        must = f"residual must be {dtype} {list(x.shape)} with contiguous columns as x is"
+        refuse(must, {"residual": residual}, {"x": x})
     run = rms_norm_triton if use_triton(x.device.type) else rms_norm_rule
     return run(x, weight, eps, residual)
 

@@ -8,7 +8,7 @@ Zero tokens are allowed. Rule and kernel agree exactly.
 import torch
 from torch import Tensor
 
-from dllm_plugin.kernels.dispatch import FLOATS, refuse_devices, tl, triton, use_triton
+from dllm_plugin.kernels.dispatch import FLOATS, refuse, tl, triton, use_triton
 
 
 def rotate(heads: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,13 +18,9 @@ def rotate(heads: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: T
     `cos`, `sin` [tokens, 1, rotary_size], of an even rotary_size up to head_size, are contiguous, float32 or of the dtype of
     `heads`, and their two halves are alike: the kernel reads the first.
     """
-    if not (heads.device == cos.device == sin.device):
-        refuse_devices(heads=heads, cos=cos, sin=sin)
     if heads.dim() != 3 or heads.dtype not in FLOATS or heads.stride(2) != 1:
-        raise ValueError(
-            "heads must be bf16, fp16 or fp32 [tokens, n, head_size] with a contiguous last dimension, got "
-            f"{heads.dtype} {list(heads.shape)} with strides {heads.stride()}"
-        )
+        must = "heads must be bf16, fp16 or fp32 [tokens, n, head_size] with a contiguous last dimension"
+        refuse(must, {"heads": heads})
     tokens, held, head_size = heads.shape
     if num_heads < 1 or num_kv_heads < 1 or num_heads + num_kv_heads > held:
         raise ValueError(
@@ -39,13 +35,13 @@ def rotate(heads: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: T
         or (cos.dtype != torch.float32 and cos.dtype != heads.dtype)
         or cos.dtype != sin.dtype
         or not (cos.is_contiguous() and sin.is_contiguous())
+        or not (heads.device == cos.device == sin.device)
     ):
-        raise ValueError(
+        must = (
             f"cos and sin must both be contiguous [{tokens}, 1, even size of at most {head_size}], float32 or {heads.dtype} "
-            "as heads is, got "
-            f"{cos.dtype} {list(cos.shape)} with strides {cos.stride()} and {sin.dtype} {list(sin.shape)} with strides "
-            f"{sin.stride()}"
+            "as heads is"
         )
+        refuse(must, {"cos": cos, "sin": sin}, {"heads": heads})
     run = rotate_triton if use_triton(heads.device.type) else rotate_rule
     return run(heads, num_heads, num_kv_heads, cos, sin)
 

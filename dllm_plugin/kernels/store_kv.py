@@ -7,7 +7,7 @@ share a slot. A page holds a multiple of 16 tokens, as vLLM's do. Rule and kerne
 import torch
 from torch import Tensor
 
-from dllm_plugin.kernels.dispatch import refuse_devices, tl, triton, use_triton
+from dllm_plugin.kernels.dispatch import refuse, refuse_devices, tl, triton, use_triton
 
 
 def split_kv_cache(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
@@ -35,25 +35,18 @@ def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
         refuse_devices(key=key, value=value, key_cache=key_cache, value_cache=value_cache, slot_mapping=slot_mapping)
     check_cache(key_cache)
     if key.shape != value.shape or key.dim() != 3 or key.shape[1:] != key_cache.shape[2:]:
-        raise ValueError(
-            f"key and value must both be [tokens, {key_cache.shape[2]}, {key_cache.shape[3]}] to fit the cache "
-            f"{list(key_cache.shape)}, got {list(key.shape)} and {list(value.shape)}"
-        )
+        must = f"key and value must both be [tokens, {key_cache.shape[2]}, {key_cache.shape[3]}] to fit the cache"
+        refuse(must, {"key": key, "value": value})
     if key.stride(-1) != 1 or value.stride(-1) != 1:
         raise ValueError(
             f"key and value need a contiguous last dimension, got strides {key.stride()} and {value.stride()}; "
             "pass .contiguous() of the one that has not"
         )
     if key_cache.shape != value_cache.shape or key_cache.stride(-1) != 1 or value_cache.stride(-1) != 1:
-        raise ValueError(
-            f"key_cache and value_cache must have one shape and a contiguous last dimension, got "
-            f"{list(key_cache.shape)} {key_cache.stride()} and {list(value_cache.shape)} {value_cache.stride()}; "
-            "take both from split_kv_cache"
-        )
+        must = "key_cache and value_cache must have one shape and a contiguous last dimension"
+        refuse(must, {"key_cache": key_cache, "value_cache": value_cache}, remedy="take both from split_kv_cache")
     if slot_mapping.shape != key.shape[:1] or slot_mapping.dtype != torch.int64:
-        raise ValueError(
-            f"slot_mapping must be int64 [{key.shape[0]}], got {slot_mapping.dtype} {list(slot_mapping.shape)}"
-        )
+        refuse(f"slot_mapping must be int64 [{key.shape[0]}]", {"slot_mapping": slot_mapping})
     run = store_kv_triton if use_triton(device.type) else store_kv_rule
     run(key, value, key_cache, value_cache, slot_mapping)
 

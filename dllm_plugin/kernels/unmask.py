@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from dllm_plugin.kernels import philox
-from dllm_plugin.kernels.dispatch import contiguous, refuse_devices, use_triton
+from dllm_plugin.kernels.dispatch import contiguous, refuse, use_triton
 from dllm_plugin.kernels.unmask_triton import unmask_kernel
 
 
@@ -204,14 +204,11 @@ def _check(canvas_tokens: Tensor, canvas_masked: Tensor, segments: Segments, tok
         or canvas_masked.shape != canvas_tokens.shape
         or canvas_masked.dtype != torch.bool
         or not (canvas_tokens.is_contiguous() and canvas_masked.is_contiguous())
+        or canvas_masked.device != canvas_tokens.device
     ):
-        raise ValueError(
-            "canvas_tokens and canvas_masked must both be contiguous [max_slots, max_canvas], the latter bool, got "
-            f"{list(canvas_tokens.shape)} and {canvas_masked.dtype} {list(canvas_masked.shape)}"
-        )
+        must = "canvas_tokens and canvas_masked must both be contiguous [max_slots, max_canvas], the latter bool"
+        refuse(must, {"canvas_tokens": canvas_tokens, "canvas_masked": canvas_masked})
     device = canvas_tokens.device
-    if canvas_masked.device != device:
-        refuse_devices(canvas_tokens=canvas_tokens, canvas_masked=canvas_masked)
     for name, tensor, size, dtype in (  # a dtype of None is any integer
         ("slot", segments.slot, num_requests, None),
         ("request_start_loc", segments.request_start_loc, num_requests + 1, None),
@@ -229,12 +226,9 @@ def _check(canvas_tokens: Tensor, canvas_masked: Tensor, segments: Segments, tok
     ):
         if tensor is None:
             continue
-        if tensor.device != device:
-            refuse_devices(canvas_tokens=canvas_tokens, **{name: tensor})
-        if tensor.shape == (size,) and tensor.dtype == dtype:
-            continue
-        if tensor.shape != (size,) or dtype is not None or tensor.dtype.is_floating_point:
-            raise ValueError(f"{name} must be {dtype or 'integer'} [{size}], got {tensor.dtype} {list(tensor.shape)}")
+        right = tensor.dtype == dtype or (dtype is None and not tensor.dtype.is_floating_point)
+        if not right or tensor.shape != (size,) or tensor.device != device:
+            refuse(f"{name} must be {dtype or 'integer'} [{size}]", {name: tensor}, {"canvas_tokens": canvas_tokens})
 
 
 def unmask_triton(

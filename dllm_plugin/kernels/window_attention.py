@@ -19,25 +19,18 @@ Key j of a request lies in page `block_table[request, j // page_size]` at offset
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm_plugin.kernels.dispatch import (
-    HAS_TRITON,
-    contiguous,
-    device_generation,
-    num_multiprocessors,
-    refuse_devices,
-    triton,
-    use_triton,
-)
+from dllm_plugin.kernels import dispatch
+from dllm_plugin.kernels.dispatch import contiguous, refuse, refuse_devices, triton, use_triton
 from dllm_plugin.kernels.store_kv import check_cache
 from dllm_plugin.kernels.window_attention_triton import attention_kernel, combine_kernel
 
-if HAS_TRITON:
+if dispatch.HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
 else:
     TensorDescriptor = None
@@ -47,6 +40,7 @@ except ImportError:  # no Triton, or one without Gluon
     hopper_attention = None  # type: ignore[assignment]  # mypy has no type for a module that may be missing
 
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
+_PER_REQUEST = ("window_start", "visible", "prefix_len", "block_length")
 _GATHER_BYTES = 1 << 20  # keys and values gathered at a time: they stay in the cache until they are used
 
 
@@ -92,21 +86,17 @@ def window_attention(
     check_cache(key_cache)
     out = _check_heads(query, key_cache, value_cache, windows.query_start_loc, out)
     device, num_reqs, table = query.device, windows.query_start_loc.shape[0] - 1, windows.block_table
-    if table.dim() != 2 or table.shape[0] != num_reqs or table.dtype != torch.int32:
-        raise ValueError(f"block_table must be int32 [{num_reqs}, max_pages], got {table.dtype} {list(table.shape)}")
-    if table.device != device:
-        refuse_devices(query=query, block_table=table)
+    if table.dim() != 2 or table.shape[0] != num_reqs or table.dtype != torch.int32 or table.device != device:
+        refuse(f"block_table must be int32 [{num_reqs}, max_pages]", {"block_table": table}, {"query": query})
     if windows.max_visible > table.shape[1] * key_cache.shape[1]:
         raise ValueError(
             f"max_visible {windows.max_visible} exceeds the {table.shape[1]} pages of {key_cache.shape[1]} in block_table; "
             "widen block_table"
         )
-    for name in ("window_start", "visible", "prefix_len", "block_length"):
+    for name in _PER_REQUEST:
         tensor = getattr(windows, name)
-        if tensor.shape != (num_reqs,) or tensor.dtype != torch.int32:
-            raise ValueError(f"{name} must be int32 [{num_reqs}], got {tensor.dtype} {list(tensor.shape)}")
-        if tensor.device != device:
-            refuse_devices(query=query, **{name: tensor})
+        if tensor.shape != (num_reqs,) or tensor.dtype != torch.int32 or tensor.device != device:
+            refuse(f"{name} must be int32 [{num_reqs}]", {name: tensor}, {"query": query})
     run = attention_triton if use_triton(device.type) else window_attention_cpu
     return run(query, key_cache, value_cache, windows, scale, out)
 
@@ -119,9 +109,7 @@ def full_attention(
     `query` [tokens, num_heads, head_size]; `key`, `value` [tokens, num_kv_heads, head_size], any token and head strides.
     """
     if key.dim() != 3 or key.shape[0] != query.shape[0]:
-        raise ValueError(
-            f"key and value must be [{query.shape[0]}, num_kv_heads, head_size] like the query, got {list(key.shape)}"
-        )
+        refuse(f"key and value must be [{query.shape[0]}, num_kv_heads, head_size] like the query", {"key": key})
     out = _check_heads(query, key, value, windows.query_start_loc, out)
     run = attention_triton if use_triton(query.device.type) else full_attention_cpu
     return run(query, key, value, windows, scale, out)
@@ -176,7 +164,8 @@ def window_attention_cpu(
 ) -> Tensor:
     """The torch path: gather a few requests' pages at a time, then one unmasked call for each run of equal limits."""
     page_size, num_kv_heads, head_size = key_cache.shape[1:]
-    ragged = _on_host(windows)
+    starts, *per_request = (_on_host(windows, name) for name in ("query_start_loc", *_PER_REQUEST))
+    ragged = list(zip(pairwise(starts), *per_request, strict=True))
     row_bytes = 2 * num_kv_heads * head_size * key_cache.element_size()
     first = 0
     while first < len(ragged):
@@ -201,19 +190,10 @@ def window_attention_cpu(
     return out
 
 
-def _on_host(windows: PagedWindows) -> list[tuple]:
-    """Of each window its first token and the end, its start, what it sees, its prefix and its block length."""
-    starts, *per_request = (
-        tensor.tolist() if numbers is None else numbers
-        for tensor, numbers in (
-            (windows.query_start_loc, windows.query_start_loc_cpu),
-            (windows.window_start, windows.window_start_cpu),
-            (windows.visible, windows.visible_cpu),
-            (windows.prefix_len, windows.prefix_len_cpu),
-            (windows.block_length, windows.block_length_cpu),
-        )
-    )
-    return list(zip(pairwise(starts), *per_request, strict=True))
+def _on_host(windows: Windows, name: str) -> Sequence[int]:
+    """Numbers of the windows: the host's own, else read from the device."""
+    numbers = getattr(windows, f"{name}_cpu")
+    return getattr(windows, name).tolist() if numbers is None else numbers
 
 
 def _gather_pages(key_cache: Tensor, value_cache: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,22 +210,13 @@ def full_attention_cpu(
     query: Tensor, key: Tensor, value: Tensor, windows: Windows, scale: float, out: Tensor
 ) -> Tensor:
     """The torch path: one call for each run of neighbours of equal length."""
-    query_start_loc = windows.query_start_loc_cpu
-    if query_start_loc is None:
-        query_start_loc = windows.query_start_loc.tolist()
-    first, last = 0, 0
-    while first < len(query_start_loc) - 1:
-        begin = query_start_loc[first]
-        length = query_start_loc[first + 1] - begin
-        last = first + 1
-        while last < len(query_start_loc) - 1 and query_start_loc[last + 1] - query_start_loc[last] == length:
-            last += 1
-        run = slice(begin, query_start_loc[last])
-        shape = (last - first, length)
+    starts = _on_host(windows, "query_start_loc")
+    for length, neighbours in groupby(pairwise(starts), key=lambda window: window[1] - window[0]):
+        run = list(neighbours)
+        shape, own = (len(run), length), slice(run[0][0], run[-1][1])
         if length:
-            queries, keys, values = (tensor[run].unflatten(0, shape) for tensor in (query, key, value))
-            out[run].unflatten(0, shape).copy_(_attend(queries, keys, values, scale))
-        first = last
+            queries, keys, values = (tensor[own].unflatten(0, shape) for tensor in (query, key, value))
+            out[own].unflatten(0, shape).copy_(_attend(queries, keys, values, scale))
     return out
 
 
@@ -284,33 +255,27 @@ def _check_heads(query: Tensor, key: Tensor, value: Tensor, query_start_loc: Ten
         out is not None and out.device != device
     ):
         refuse_devices(query=query, key=key, value=value, query_start_loc=query_start_loc, out=out)
-    if query.dim() != 3 or key.shape != value.shape or key.shape[-1] != query.shape[-1]:
-        raise ValueError(
-            "query must be [tokens, num_heads, head_size], and key and value of one shape with the same head_size, got "
-            f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
-        )
+    if (
+        query.dim() != 3
+        or key.shape != value.shape
+        or key.shape[-1] != query.shape[-1]
+        or not (query.dtype == key.dtype == value.dtype)
+        or not (query.stride(2) == key.stride(-1) == value.stride(-1) == 1)
+    ):
+        must = "query must be [tokens, num_heads, head_size], and key and value of one shape with the same head_size; "
+        must += "all must share a dtype and have a contiguous last dimension"
+        refuse(must, {"query": query, "key": key, "value": value}, remedy="pass .contiguous() of one that has not")
     if query.shape[1] % num_kv_heads or (query.shape[2] not in HEAD_SIZES and use_triton(query.device.type)):
         raise ValueError(
             f"num_heads must be a multiple of num_kv_heads, and head_size one of {HEAD_SIZES} for the Triton kernels, got "
             f"head_size {query.shape[2]}, num_heads {query.shape[1]}, num_kv_heads {num_kv_heads}"
         )
-    if query.stride(2) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1:
-        raise ValueError(
-            f"query, key and value need a contiguous last dimension, got strides {query.stride()}, {key.stride()} and "
-            f"{value.stride()}; pass .contiguous() of the one that has not"
-        )
-    if query.dtype != key.dtype or query.dtype != value.dtype:
-        raise ValueError(f"query, key and value must share a dtype, got {query.dtype}, {key.dtype} and {value.dtype}")
     if query_start_loc.dim() != 1 or query_start_loc.shape[0] == 0 or query_start_loc.dtype != torch.int32:
-        raise ValueError(
-            f"query_start_loc must be int32 [num_reqs + 1], got {query_start_loc.dtype} {list(query_start_loc.shape)}"
-        )
+        refuse("query_start_loc must be int32 [num_reqs + 1]", {"query_start_loc": query_start_loc})
     if out is None:
         return torch.empty(query.shape, dtype=query.dtype, device=device)
     if out.shape != query.shape or out.dtype != query.dtype or out.stride(2) != 1:
-        raise ValueError(
-            f"out must be like the query, {query.dtype} {list(query.shape)}, got {out.dtype} {list(out.shape)}"
-        )
+        refuse(f"out must be like the query, {query.dtype} {list(query.shape)}", {"out": out}, {"query": query})
     return out
 
 
@@ -361,12 +326,11 @@ def attention_triton(
     paged: tuple[Tensor | None, ...] = (None,) * 5
     if isinstance(windows, PagedWindows):
         page_size, max_visible, table = key.shape[1], windows.max_visible, windows.block_table
-        per_request = (windows.window_start, windows.visible, windows.prefix_len, windows.block_length)
-        paged = (*contiguous(*per_request), table)
+        paged = (*contiguous(*(getattr(windows, name) for name in _PER_REQUEST)), table)
         table_strides = (table.stride(0), table.stride(1))
     key_stride, value_stride = ((0, *tensor.stride())[-4:-1] for tensor in (key, value))
     group = num_heads // num_kv_heads
-    generation = device_generation(query.device)
+    generation = dispatch.device_generation(query.device)
     on_hopper = (
         tiling is None
         and hopper_attention is not None
@@ -378,7 +342,7 @@ def attention_triton(
     num_tiles = tokens // tokens_per_tile + num_reqs  # at least as many as there are, whatever the lengths
     if num_splits is None:
         tiles_at_most = min(num_tiles, num_reqs * triton.cdiv(max_query_len, tokens_per_tile))
-        slots = num_multiprocessors(query.device) * (1 if on_hopper else 2)
+        slots = dispatch.num_multiprocessors(query.device) * (1 if on_hopper else 2)
         num_splits = choose_splits(tiles_at_most * num_kv_heads, max_visible, slots)
     partial = lse = None
     if num_splits > 1:

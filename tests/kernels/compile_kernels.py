@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from dllm_plugin.kernels import dispatch
 from dllm_plugin.kernels.confidence import Choice, confidence_triton
 from dllm_plugin.kernels.gated_silu import gated_silu_triton
 from dllm_plugin.kernels.head_norm import head_norm_triton
@@ -179,8 +180,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def main(capability: int, only: str = "") -> None:
     driver.set_active(OfflineDriver(capability))
-    for module in {attention_triton.__module__, confidence_triton.__module__}:
-        sys.modules[module].device_generation = lambda device: capability // 10
+    dispatch.device_generation = lambda device: capability // 10
     run, compiled = JITFunction.run, []
 
     def compile_only(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:

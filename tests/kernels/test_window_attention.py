@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_plugin.kernels import window_attention as module
+from dllm_plugin.kernels import dispatch
 from dllm_plugin.kernels.store_kv import split_kv_cache, store_kv
 from dllm_plugin.kernels.window_attention import (
     HEAD_SIZES,
@@ -337,7 +337,7 @@ def test_every_tiling_is_a_power_of_two(generation):
 
 
 def test_pointers_do_where_there_are_no_descriptors(monkeypatch):
-    monkeypatch.setattr(module, "device_generation", lambda device: 8)
+    monkeypatch.setattr(dispatch, "device_generation", lambda device: 8)
     inputs = sequences([40, 7])
     out = torch.full(inputs[0].shape, float("nan"))
     attention_triton(*inputs, full_windows([40, 7]), 0.125, out)
