@@ -80,72 +80,45 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
 def refuse_what_does_not_fit(vllm_config: "VllmConfig") -> None:
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
     scheduler = vllm_config.scheduler_config
-    refusals = [
-        (
-            vllm_config.speculative_config is not None,
-            "speculative decoding needs left-to-right drafts, and a diffusion model unmasks in any order; "
-            "remove --speculative-config",
+    alone = family_of(model.architecture).prefix_stands_alone
+    stages, held_back = parallel.pipeline_parallel_size, scheduler.prefill_schedule_interval
+    refusals = {
+        "speculative decoding needs left-to-right drafts, and a diffusion model unmasks in any order; remove "
+        "--speculative-config": vllm_config.speculative_config is not None,
+        f"pipeline parallelism is not supported, got pipeline_parallel_size={stages}; use --tensor-parallel-size "
+        "instead": stages > 1,
+        "context parallelism is not supported; leave --decode-context-parallel-size and --prefill-context-parallel-size "
+        "at 1": parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+        f"the KV cache keeps the model's dtype, got kv_cache_dtype={cache.cache_dtype!r}; remove --kv-cache-dtype": (
+            cache.cache_dtype != "auto"
         ),
-        (
-            parallel.pipeline_parallel_size > 1,
-            f"pipeline parallelism is not supported, got pipeline_parallel_size={parallel.pipeline_parallel_size}; "
-            "use --tensor-parallel-size instead",
+        "prefix caching assumes causal attention: under full attention no prefix of a sequence stands for itself; remove "
+        "--enable-prefix-caching": cache.enable_prefix_caching and not alone,
+        "KV connectors assume causal attention; remove --kv-transfer-config": (
+            vllm_config.kv_transfer_config is not None
         ),
-        (
-            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
-            "context parallelism is not supported; leave --decode-context-parallel-size and "
-            "--prefill-context-parallel-size at 1",
+        "KV offloading assumes causal attention; remove --kv-offloading-size": cache.kv_offloading_size is not None,
+        f"a diffusion model generates text, got runner={model.runner_type!r}; remove --runner": (
+            model.runner_type != "generate"
         ),
-        (
-            cache.cache_dtype != "auto",
-            f"the KV cache keeps the model's dtype, got kv_cache_dtype={cache.cache_dtype!r}; remove --kv-cache-dtype",
+        "prompts are token ids, whose masks and positions the canvas keeps; remove --enable-prompt-embeds": (
+            model.enable_prompt_embeds
         ),
-        (
-            cache.enable_prefix_caching and not family_of(model.architecture).prefix_stands_alone,
-            "prefix caching assumes causal attention: under full attention no prefix of a sequence stands for itself; "
-            "remove --enable-prefix-caching",
+        f"logits processors assume left-to-right generation, got {model.logits_processors}; remove --logits-processors": (
+            not all(is_admission(processor) for processor in model.logits_processors or ())
         ),
-        (
-            vllm_config.kv_transfer_config is not None,
-            "KV connectors assume causal attention; remove --kv-transfer-config",
+        f"{model.architecture} is served by {WORKER}, got worker_cls={parallel.worker_cls!r}; remove --worker-cls": (
+            parallel.worker_cls not in ("auto", WORKER)
         ),
-        (
-            cache.kv_offloading_size is not None,
-            "KV offloading assumes causal attention; remove --kv-offloading-size",
+        f"{model.architecture} is scheduled by {SCHEDULER}, got scheduler_cls={scheduler.scheduler_cls!r}; remove "
+        "--scheduler-cls": scheduler.scheduler_cls not in (None, SCHEDULER),
+        f"a diffusion model has no prefill to hold back, got prefill_schedule_interval={held_back}; remove "
+        "--prefill-schedule-interval": held_back > 1,
+        "async scheduling is not supported: a window depends on the step before it; remove --async-scheduling": (
+            scheduler.async_scheduling is True
         ),
-        (
-            model.runner_type != "generate",
-            f"a diffusion model generates text, got runner={model.runner_type!r}; remove --runner",
-        ),
-        (
-            model.enable_prompt_embeds,
-            "prompts are token ids, whose masks and positions the canvas keeps; remove --enable-prompt-embeds",
-        ),
-        (
-            not all(is_admission(processor) for processor in model.logits_processors or ()),
-            f"logits processors assume left-to-right generation, got {model.logits_processors}; remove "
-            "--logits-processors",
-        ),
-        (
-            parallel.worker_cls not in ("auto", WORKER),
-            f"{model.architecture} is served by {WORKER}, got worker_cls={parallel.worker_cls!r}; remove --worker-cls",
-        ),
-        (
-            scheduler.scheduler_cls not in (None, SCHEDULER),
-            f"{model.architecture} is scheduled by {SCHEDULER}, got scheduler_cls={scheduler.scheduler_cls!r}; "
-            "remove --scheduler-cls",
-        ),
-        (
-            scheduler.prefill_schedule_interval > 1,
-            "a diffusion model has no prefill to hold back, got prefill_schedule_interval="
-            f"{scheduler.prefill_schedule_interval}; remove --prefill-schedule-interval",
-        ),
-        (
-            scheduler.async_scheduling is True,
-            "async scheduling is not supported: a window depends on the step before it; remove --async-scheduling",
-        ),
-    ]
-    for refused, message in refusals:
+    }
+    for message, refused in refusals.items():
         if refused:
             raise ValueError(f"dllm_plugin: {message}")
 

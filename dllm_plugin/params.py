@@ -80,14 +80,10 @@ class DiffusionParams:
         "denoising steps of a canvas; default: one a position; raised to one a block. Unused with a threshold",
     )
     block_length: int | None = _parameter(
-        _COUNT,
-        None,
-        "the canvas is unmasked block after block of this many positions; default: all of it, for d2f 32",
+        _COUNT, None, "the canvas is unmasked block after block of this many positions; default: all of it, for d2f 32"
     )
     canvas_length: int = _parameter(
-        _COUNT,
-        1024,
-        "masked positions laid out at once, at most max_tokens; a longer answer takes another canvas",
+        _COUNT, 1024, "masked positions laid out at once, at most max_tokens; a longer answer takes another canvas"
     )
     remasking: str = _parameter(
         Rule(str, choices=tuple(POLICIES)),
@@ -95,9 +91,7 @@ class DiffusionParams:
         "how positions are ranked, and whose algorithm that is; default: low_confidence, for Dream origin",
     )
     threshold: float | None = _parameter(
-        _SHARE,
-        None,
-        "unmask every position whose probability is above it, at least one a step",
+        _SHARE, None, "unmask every position whose probability is above it, at least one a step"
     )
     factor: float | None = _parameter(
         Rule(float, 0.0, MOST, low_excluded=True),
@@ -105,15 +99,9 @@ class DiffusionParams:
         "unmask the k most probable positions while p_k >= 1 - factor / (k + 1), at least one a step",
     )
     alg_temp: float = _parameter(
-        Rule(float, 0.0, MOST),
-        0.0,
-        "temperature of the order in which positions are taken; 0 takes the best",
+        Rule(float, 0.0, MOST), 0.0, "temperature of the order in which positions are taken; 0 takes the best"
     )
-    eps: float = _parameter(
-        Rule(float, 0.0, 1.0, high_excluded=True),
-        1e-3,
-        "smallest time of Dream's schedule",
-    )
+    eps: float = _parameter(Rule(float, 0.0, 1.0, high_excluded=True), 1e-3, "smallest time of Dream's schedule")
     cfg_scale: float = _parameter(
         Rule(float, 0.0, MOST),
         0.0,
@@ -136,9 +124,7 @@ class DiffusionParams:
         "prefix, dual: only forward the block and what follows, or the block alone, between refreshes (Fast-dLLM)",
     )
     cache_refresh: int = _parameter(
-        Rule(int, 0, MOST),
-        0,
-        "also forward everything every this many steps of a block; 0: at its first step only",
+        Rule(int, 0, MOST), 0, "also forward everything every this many steps of a block; 0: at its first step only"
     )
     strategy: str = _parameter(
         Rule(str, choices=("full", "d2f", "block")),
@@ -184,34 +170,16 @@ class DiffusionParams:
         "default: as the family's decoder has it, for block tempered",
     )
     d2f_add_threshold: float = _parameter(
-        _SHARE,
-        0.1,
-        "the next block is opened when this share of the last one is unmasked",
+        _SHARE, 0.1, "the next block is opened when this share of the last one is unmasked"
     )
     d2f_complete_threshold: float = _parameter(
-        _SHARE,
-        0.95,
-        "a block must progress every step once this share of the one before it is unmasked",
+        _SHARE, 0.95, "a block must progress every step once this share of the one before it is unmasked"
     )
-    d2f_accept_threshold: float = _parameter(
-        _SHARE,
-        0.9,
-        "probability above which a token is taken",
-    )
-    d2f_max_blocks: int = _parameter(
-        Rule(int, 0, MOST),
-        0,
-        "blocks that may be open at once; 0: any number",
-    )
-    suffix: str | tuple[int, ...] = _parameter(
-        Rule(str, 0),
-        (),
-        "text or token ids that stand after the canvas",
-    )
+    d2f_accept_threshold: float = _parameter(_SHARE, 0.9, "probability above which a token is taken")
+    d2f_max_blocks: int = _parameter(Rule(int, 0, MOST), 0, "blocks that may be open at once; 0: any number")
+    suffix: str | tuple[int, ...] = _parameter(Rule(str, 0), (), "text or token ids that stand after the canvas")
     template: tuple[int, ...] = _parameter(
-        Rule(list, HOLE),
-        (),
-        "token ids of the canvas; -1 is a hole, everything else is pinned",
+        Rule(list, HOLE), (), "token ids of the canvas; -1 is a hole, everything else is pinned"
     )
 
 
