@@ -1,6 +1,10 @@
 # make demo   generate text with the bundled checkpoints         make check   lint, format, types, spelling
-# make test   the whole test suite                               make bench   the benchmarks
+# make test   the whole test suite                               make bench   two benchmarks, see below
 # make test-release VLLM=0.33.0 NEEDS=orjson    the suite over another release of vLLM that has no CPU build
+#
+# `make bench` measures the engine's overhead and the kernels. The other benchmarks take long and are run by hand, as the
+# first lines of each say: strategies.py (accuracy beside speed), fairness.py (a real server), and on a GPU that holds an
+# 8B model denoising_step.py and gpu_engine.py. measure.py is what they share.
 #
 # Each target first brings .venv up to date with requirements/cpu.txt. Nothing but Python 3.11 or 3.12, pip and make is
 # needed; PYTHON= says which.
@@ -51,7 +55,7 @@ check: $(READY)
 	@$(BIN)/codespell
 
 bench: $(READY)
-	@for script in $(wildcard benchmarks/overhead.py benchmarks/kernels.py); do \
+	@for script in benchmarks/overhead.py benchmarks/kernels.py; do \
 		echo "$$script"; $(BIN)/python $$script || exit 1; \
 	done
 
