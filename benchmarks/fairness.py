@@ -41,12 +41,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import aiohttp
-from measure import environment
+import measure  # before vLLM: it sets the environment
 from rich.console import Console
 from rich.table import Table
 from vllm import __version__ as vllm_version
@@ -361,7 +357,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the result here")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers are stopped on the way out
-    result = {"environment": environment() | {"vllm": vllm_version, "cores": os.cpu_count(), "load": os.getloadavg()}}
+    result = {
+        "environment": measure.environment() | {"vllm": vllm_version, "cores": os.cpu_count(), "load": os.getloadavg()}
+    }
     print(json.dumps(result["environment"]))
     greedy = defaultdict(list)
 

@@ -11,18 +11,13 @@ accuracy; this is about speed only. The last line is one JSON object; `--json FI
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+import measure  # before torch and vLLM: it sets the environment
 import torch
-from measure import environment
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from vllm import LLM, SamplingParams
@@ -123,7 +118,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("gpu_engine.py needs a CUDA device; benchmarks/overhead.py measures the engine on a CPU")
     llm = build()
-    result = {"environment": environment() | {"vllm": vllm_version}, "steps": []}
+    result = {"environment": measure.environment() | {"vllm": vllm_version}, "steps": []}
     for graphs in (True, False):
         runner_of(llm).graphs.enabled = graphs
         for kind in ("at the end", "threshold", "streamed"):

@@ -65,7 +65,21 @@ def starts(lengths: list[int]) -> list[int]:
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
-class Paged:
+class Attention:
+    """A call of `run`, whose contract is `rule`, into a buffer full of NaN."""
+
+    def __init__(self, run: Callable[..., Tensor], rule: Callable[..., Tensor], *arguments: object) -> None:
+        self.run, self.rule, self.arguments = run, rule, arguments
+        self.out = torch.full_like(arguments[0], float("nan"), memory_format=torch.contiguous_format)
+
+    def __call__(self) -> Tensor:
+        return self.run(*self.arguments, self.out)
+
+    def error(self) -> float:
+        return relative_error(self(), self.rule(*self.arguments))
+
+
+class Paged(Attention):
     """A batch of windows (length, visible, block_length, prefix_len) at the end of what they see, over shuffled pages."""
 
     def __init__(
@@ -96,15 +110,9 @@ class Paged:
             max_query_len=max(lengths),
             max_visible=max(visible),
         )
-        self.arguments = (query, *split_kv_cache(cache, size), self.windows, size**-0.5)
-        self.out = torch.full_like(query, float("nan"))
+        arguments = (query, *split_kv_cache(cache, size), self.windows, size**-0.5)
+        super().__init__(window_attention, window_attention_rule, *arguments)
         self.nbytes = query.element_size() * (2 * query.numel() + 2 * sum(visible) * kv_heads * size)
-
-    def __call__(self) -> Tensor:
-        return window_attention(*self.arguments, self.out)
-
-    def error(self) -> float:
-        return relative_error(self(), window_attention_rule(*self.arguments))
 
     def flops(self) -> float:
         _, heads, size = self.out.shape
@@ -112,7 +120,7 @@ class Paged:
         return 4 * heads * size * sum(float(limits_rule(self.windows, n).sum()) for n in requests)
 
 
-class Full:
+class Full(Attention):
     """Whole sequences over their own keys and values, slices of one projection as in a model."""
 
     def __init__(self, shape: tuple[int, int, int], lengths: list[int]) -> None:
@@ -121,15 +129,9 @@ class Full:
         qkv = torch.randn(sum(lengths), heads + 2 * kv_heads, size, device="cuda", dtype=torch.bfloat16)
         self.query, self.key, self.value = qkv.split([heads, kv_heads, kv_heads], 1)
         windows = Windows(query_start_loc=int32(starts(lengths), "cuda"), max_query_len=max(lengths))
-        self.arguments = (self.query, self.key, self.value, windows, size**-0.5)
-        self.out = torch.full(self.query.shape, float("nan"), device="cuda", dtype=torch.bfloat16)
+        arguments = (self.query, self.key, self.value, windows, size**-0.5)
+        super().__init__(full_attention, full_attention_rule, *arguments)
         self.nbytes = 2 * (2 * self.query.numel() + 2 * self.key.numel())
-
-    def __call__(self) -> Tensor:
-        return full_attention(*self.arguments, self.out)
-
-    def error(self) -> float:
-        return relative_error(self(), full_attention_rule(*self.arguments))
 
     def flops(self) -> float:
         _, heads, size = self.query.shape

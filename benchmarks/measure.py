@@ -1,6 +1,10 @@
-"""How the benchmarks of the kernels measure: times, the ceilings of a GPU, and how a result is reported."""
+"""How the benchmarks measure: the environment of an engine, times, the ceilings of a GPU, and how a result is reported.
+
+A benchmark of the engine imports this module before torch and vLLM, which read the environment when they are imported.
+"""
 
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -9,6 +13,11 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from torch import Tensor

@@ -10,15 +10,10 @@ an engine step; and streamed, where each has its own. Prints a table and, last, 
 
 import argparse
 import json
-import os
 import statistics
 import time
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
+import measure  # noqa: F401  sets the environment, before torch and vLLM are imported
 import torch
 from vllm import LLM, SamplingParams
 from vllm import __version__ as vllm_version
@@ -53,7 +48,7 @@ class ModelClock:
         return timed
 
 
-def measure(
+def measure_steps(
     llm: LLM, clock: ModelClock, num_requests: int, num_passes: int, prompt_length: int, canvas: int, kind
 ) -> dict:
     """Medians over the denoising steps in which all requests run; each request is replaced when it ends."""
@@ -96,9 +91,9 @@ def main() -> None:
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     clock = ModelClock(runner.model)
     final, streamed = RequestOutputKind.FINAL_ONLY, RequestOutputKind.CUMULATIVE
-    measure(llm, clock, 16, 50, args.prompt_length, args.canvas, streamed)  # warm-up
+    measure_steps(llm, clock, 16, 50, args.prompt_length, args.canvas, streamed)  # warm-up
     rows = [
-        measure(llm, clock, n, args.steps, args.prompt_length, args.canvas, kind)
+        measure_steps(llm, clock, n, args.steps, args.prompt_length, args.canvas, kind)
         for kind in (final, streamed)
         for n in (1, 16)
     ]

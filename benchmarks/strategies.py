@@ -20,7 +20,6 @@ have a user run them. A copy in here could only become wrong.
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,12 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+import measure  # noqa: F401  sets the environment, before torch and vLLM are imported
 import torch
 from reference import decoding, dream, llada, model
 from vllm import LLM, SamplingParams
@@ -140,7 +136,7 @@ def tokenized(llm: LLM, asked: Sequence[Question]) -> list[list[int]]:
 # ---- rows of the table
 
 
-def measure(
+def measure_row(
     engine: Engine, asked: Sequence[Question], decoder: str, pace: str, extras: dict[str, Any], batch: int, repeats: int
 ) -> tuple[Row, list[list[int]]]:
     """A row of the table, and the tokens of every answer."""
@@ -213,8 +209,8 @@ def measure_all(
     """Rows at batch 16 over all questions and at batch 1 over the first few, for each (decoder, pace)."""
     rows = []
     for (decoder, pace), extras in paces.items():
-        many, answers = measure(engine, asked, decoder, pace, extras, 16, repeats)
-        one, alone = measure(engine, asked[:few], decoder, pace, extras, 1, repeats)
+        many, answers = measure_row(engine, asked, decoder, pace, extras, 16, repeats)
+        one, alone = measure_row(engine, asked[:few], decoder, pace, extras, 1, repeats)
         if alone != answers[:few]:
             raise AssertionError(f"{engine.name}, {decoder}, {pace}: batch 16 has other answers than batch 1")
         rows += [one, many]
