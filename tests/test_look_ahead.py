@@ -65,15 +65,21 @@ def test_how_long_a_step_takes_is_known_from_the_last_one(seconds, table, monkey
     assert steps.drain().table == table
 
 
+def first_step_after(llm, before: PolicyCase, one: PolicyCase, most_seconds: float, monkeypatch) -> Steps:
+    """The first engine step of a request, after another one each of whose steps took 0.1 s."""
+    steps = Steps(llm)
+    steps.add(*unwatched(before))
+    steps.drain()
+    monkeypatch.setattr(scheduler(llm), "_step_seconds", 0.1)
+    monkeypatch.setattr(scheduling, "MOST_SECONDS", most_seconds)
+    steps.add(*unwatched(one))
+    steps.step()
+    return steps
+
+
 def test_a_larger_step_is_expected_to_take_longer(wide, monkeypatch):
     """After a step of ten tokens, one of two hundred is not run eight times before its time is known."""
-    steps = Steps(wide)
-    steps.add(*unwatched(case(2, 8, "a")))
-    steps.drain()
-    monkeypatch.setattr(scheduler(wide), "_step_seconds", 0.1)
-    monkeypatch.setattr(scheduling, "MOST_SECONDS", 1.0)
-    steps.add(*unwatched(case(10, 190, "b")))
-    steps.step()
+    steps = first_step_after(wide, case(2, 8, "a"), case(10, 190, "b"), 1.0, monkeypatch)
     assert len(steps.emitted) == 2 and scheduler(wide).denoising and steps.table[-1] == ("B", 1)
     (denoising,) = scheduler(wide).denoising.values()
     assert denoising.plan.timestep == 1
@@ -81,13 +87,7 @@ def test_a_larger_step_is_expected_to_take_longer(wide, monkeypatch):
 
 def test_a_smaller_step_is_not_expected_to_be_quicker(wide, monkeypatch):
     """A small step takes as long as its launches do."""
-    steps = Steps(wide)
-    steps.add(*unwatched(case(2, 190, "a")))
-    steps.drain()
-    monkeypatch.setattr(scheduler(wide), "_step_seconds", 0.1)
-    monkeypatch.setattr(scheduling, "MOST_SECONDS", 0.1)
-    steps.add(*unwatched(case(10, 8, "b")))
-    steps.step()
+    first_step_after(wide, case(2, 190, "a"), case(10, 8, "b"), 0.1, monkeypatch)
     (denoising,) = scheduler(wide).denoising.values()
     assert denoising.plan.timestep == 1
 

@@ -9,7 +9,7 @@ import pytest
 from support.cases import POLICIES, PolicyCase, difference, expected, random_prompt
 from support.checkpoints import EOS
 from support.engines import core, drive, engine, model_runner, num_forwards, scheduler
-from support.steps import Steps, case, check, leave_engines_empty, nothing_is_left  # noqa: F401
+from support.steps import Steps, case, check, leave_engines_empty, nothing_is_left, run_together  # noqa: F401
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
@@ -24,50 +24,27 @@ def narrow():
 def test_budget_holds_two_of_three(narrow):
     """30 tokens each: two fit, and the three take turns; D fits the gap."""
     cases = [case(4, 26, "a"), case(4, 26, "b"), case(4, 26, "c"), case(2, 2, "d")]
-    steps = Steps(narrow)
-    for one in cases:
-        steps.add(one)
-    steps.drain()
-    assert " ".join(steps.ran) == "ABD ACD BC AB AC BC"
-    check(steps, *cases)
-    nothing_is_left(narrow)
+    assert " ".join(run_together(narrow, cases).ran) == "ABD ACD BC AB AC BC"
 
 
 def test_running_requests_that_outgrow_the_budget(narrow):
     """Three first canvases fit the budget together, two second ones do not: the three take turns."""
     cases = [case(24, 4, name, canvas=12, steps=3) for name in "abc"]
-    steps = Steps(narrow)
-    for one in cases:
-        steps.add(one)
-    steps.drain()
     # 3 x 16 tokens, then 3 x 28
-    assert " ".join(steps.ran) == "ABC ABC ABC AB AC BC AB C"
-    check(steps, *cases)
-    nothing_is_left(narrow)
+    assert " ".join(run_together(narrow, cases).ran) == "ABC ABC ABC AB AC BC AB C"
 
 
 def test_a_canvas_that_grows_takes_turns_too(narrow):
     """B's second canvas does not fit beside A's; C goes with either of them."""
     cases = [case(44, 4, "a", canvas=22, steps=4), case(20, 8, "b", canvas=10, steps=4), case(7, 1, "c")]
-    steps = Steps(narrow)
-    for one in cases:
-        steps.add(one)
-    steps.drain()
     # windows of 26, 18, 8 tokens; then 48, 28, 8
-    assert " ".join(steps.ran) == "ABC ABC ABC ABC AC BC AC B A B A B"
-    check(steps, *cases)
-    nothing_is_left(narrow)
+    assert " ".join(run_together(narrow, cases).ran) == "ABC ABC ABC ABC AC BC AC B A B A B"
 
 
 def test_guidance_counts_twice_and_may_run_alone(narrow):
     """A's windows are 2 x 40 tokens, more than the budget: it runs alone. B's are 2 x 20 and leave room for C or D."""
     cases = [case(10, 30, "a", cfg=1.0, steps=3), case(6, 14, "b", cfg=0.5, steps=3), *(case(3, 13, c) for c in "cd")]
-    steps = Steps(narrow)
-    for one in cases:
-        steps.add(one)
-    steps.drain()
-    assert " ".join(steps.ran) == "A BC BD A CD BC A D"
-    check(steps, *cases)
+    assert " ".join(run_together(narrow, cases).ran) == "A BC BD A CD BC A D"
 
 
 def test_cached_windows_count_what_they_forward(narrow):
@@ -125,14 +102,8 @@ def test_max_num_seqs():
         case(tokens, 5, checkpoint="dream", policy=policy, steps=steps)
         for tokens, policy, steps in ((6, "entropy", 4), (8, "maskgit_plus", 6), (4, "random", 3), (3, "origin", 3))
     ]
-    steps = Steps(llm)
-    for one in cases:
-        steps.add(one)
-    steps.drain()
     assert [expected(one).num_forwards for one in cases] == [4, 6, 3, 2]
-    assert steps.table == [("AB", 4), ("BC", 2), ("CD", 1), ("D", 1)]
-    check(steps, *cases)
-    nothing_is_left(llm)
+    assert run_together(llm, cases).table == [("AB", 4), ("BC", 2), ("CD", 1), ("D", 1)]
 
 
 # ---- KV cache: pages of 16 tokens

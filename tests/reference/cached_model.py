@@ -113,37 +113,25 @@ def shape_of(model: ReferenceModel) -> Shape:
     return Shape(config["n_layers"], config["n_heads"], config["n_kv_heads"], config["d_model"] // config["n_heads"])
 
 
-def layer_of(model: ReferenceModel, n: int) -> Layer:
-    def weight(name: str) -> Tensor:
-        return model.weight(f"{prefix}.{name}.weight")
+TENSORS = {  # of a layer: LLaDA's name, Dream's name
+    "norm": ("attn_norm", "input_layernorm"),
+    "q": ("q_proj", "self_attn.q_proj"),
+    "k": ("k_proj", "self_attn.k_proj"),
+    "v": ("v_proj", "self_attn.v_proj"),
+    "out": ("attn_out", "self_attn.o_proj"),
+    "mlp_norm": ("ff_norm", "post_attention_layernorm"),
+    "gate": ("ff_proj", "mlp.gate_proj"),
+    "up": ("up_proj", "mlp.up_proj"),
+    "down": ("ff_out", "mlp.down_proj"),
+}
 
-    if isinstance(model, Dream):
-        prefix = f"model.layers.{n}"
-        return Layer(
-            norm=weight("input_layernorm"),
-            q=weight("self_attn.q_proj"),
-            k=weight("self_attn.k_proj"),
-            v=weight("self_attn.v_proj"),
-            bias={name: model.weight(f"{prefix}.self_attn.{name}_proj.bias") for name in "qkv"},
-            out=weight("self_attn.o_proj"),
-            mlp_norm=weight("post_attention_layernorm"),
-            gate=weight("mlp.gate_proj"),
-            up=weight("mlp.up_proj"),
-            down=weight("mlp.down_proj"),
-        )
-    prefix = f"model.transformer.blocks.{n}"
-    return Layer(
-        norm=weight("attn_norm"),
-        q=weight("q_proj"),
-        k=weight("k_proj"),
-        v=weight("v_proj"),
-        bias={},
-        out=weight("attn_out"),
-        mlp_norm=weight("ff_norm"),
-        gate=weight("ff_proj"),
-        up=weight("up_proj"),
-        down=weight("ff_out"),
-    )
+
+def layer_of(model: ReferenceModel, n: int) -> Layer:
+    is_dream = isinstance(model, Dream)
+    layer = f"model.layers.{n}" if is_dream else f"model.transformer.blocks.{n}"
+    weights = {field: model.weight(f"{layer}.{names[is_dream]}.weight") for field, names in TENSORS.items()}
+    bias = {name: model.weight(f"{layer}.self_attn.{name}_proj.bias") for name in "qkv"} if is_dream else {}
+    return Layer(**weights, bias=bias)
 
 
 def embedding_of(model: ReferenceModel) -> Tensor:

@@ -4,7 +4,10 @@
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import pytest
 from hypothesis import given, settings
@@ -40,15 +43,14 @@ def simulate(budget: int, requests: list[Simulated], most_steps: int = 10_000) -
     return steps
 
 
-def waits(steps: list[Step], name: str) -> list[list[Step]]:
-    """The runs of steps in which the request was running and had no turn."""
-    found: list[list[Step]] = [[]]
-    for step in steps:
-        if name in step.running and name not in step.served:
-            found[-1].append(step)
-        elif found[-1]:
-            found.append([])
-    return [wait for wait in found if wait]
+def waits(steps: list[Step], requests: list[Simulated]) -> Iterator[tuple[Simulated, list[Step], set[str]]]:
+    """Each run of steps in which a request was running and had no turn, and who else was running then."""
+    for one in requests:
+        waiting = [one.name in step.running and one.name not in step.served for step in steps]
+        for waits_here, run in groupby(zip(waiting, steps, strict=True), key=itemgetter(0)):
+            if waits_here:
+                wait = [step for _, step in run]
+                yield one, wait, set().union(*(step.running for step in wait)) - {one.name}
 
 
 @st.composite
@@ -88,11 +90,8 @@ def test_a_step_holds_its_budget_and_serves_somebody(load):
 def test_who_waits_waits_for_each_neighbour_at_most_once(load):
     """A request is passed over for those before it, each of which goes once. Who comes after it goes into gaps only."""
     budget, requests = load
-    steps = simulate(budget, requests)
-    for one in requests:
-        for wait in waits(steps, one.name):
-            neighbours = set().union(*(step.running for step in wait)) - {one.name}
-            assert len(wait) <= len(neighbours)
+    for _, wait, neighbours in waits(simulate(budget, requests), requests):
+        assert len(wait) <= len(neighbours)
 
 
 @settings(max_examples=200, deadline=None)
@@ -100,13 +99,10 @@ def test_who_waits_waits_for_each_neighbour_at_most_once(load):
 def test_a_wait_is_bounded_by_the_neighbours_windows(load):
     """S tokens of neighbours, each counted with its largest window, delay a window of w tokens by S / (B - w + 1) steps."""
     budget, requests = load
-    steps = simulate(budget, requests)
-    for one in requests:
-        for wait in waits(steps, one.name):
-            neighbours = set().union(*(step.running for step in wait)) - {one.name}
-            total = sum(max(step.running.get(name, 0) for step in wait) for name in neighbours)
-            own = wait[0].running[one.name]
-            assert len(wait) <= total // (budget - own + 1)
+    for one, wait, neighbours in waits(simulate(budget, requests), requests):
+        total = sum(max(step.running.get(name, 0) for step in wait) for name in neighbours)
+        own = wait[0].running[one.name]
+        assert len(wait) <= total // (budget - own + 1)
 
 
 @settings(max_examples=150, deadline=None)
@@ -115,22 +111,16 @@ def test_windows_that_fill_a_step_evenly_wait_no_longer_than_their_sum(per_step,
     """Equal windows of which a step holds a whole number: the sum of the neighbours over the budget, rounded up, plus one."""
     window, budget = 8, 8 * per_step
     requests = [Simulated(f"r{i}", [window] * n, arrives * (i % 2)) for i, n in enumerate(lengths)]
-    steps = simulate(budget, requests)
-    for one in requests:
-        for wait in waits(steps, one.name):
-            neighbours = set().union(*(step.running for step in wait)) - {one.name}
-            assert len(wait) <= math.ceil(window * len(neighbours) / budget) + 1
+    for _, wait, neighbours in waits(simulate(budget, requests), requests):
+        assert len(wait) <= math.ceil(window * len(neighbours) / budget) + 1
 
 
 @settings(max_examples=150, deadline=None)
 @given(loads(strides=(1, 2, 4, 16)))
 def test_strides_bound_the_wait_too(load):
     budget, requests = load
-    steps = simulate(budget, requests)
-    for one in requests:
-        for wait in waits(steps, one.name):
-            neighbours = set().union(*(step.running for step in wait)) - {one.name}
-            assert len(wait) <= one.stride * len(neighbours) + one.stride
+    for one, wait, neighbours in waits(simulate(budget, requests), requests):
+        assert len(wait) <= one.stride * len(neighbours) + one.stride
 
 
 SHARES = [

@@ -96,6 +96,17 @@ def check(steps, *cases) -> None:
     assert not any(wrong), "\n".join(wrong)
 
 
+def run_together(llm, cases: list[PolicyCase]) -> Steps:
+    """The steps of an engine that gets all the cases at once; each has the reference's result, and nothing is left."""
+    steps = Steps(llm)
+    for one in cases:
+        steps.add(one)
+    steps.drain()
+    check(steps, *cases)
+    nothing_is_left(llm)
+    return steps
+
+
 def nothing_is_left(llm) -> None:
     """No request, no page, no slot is held."""
     inside, store = scheduler(llm), model_runner(llm).state
