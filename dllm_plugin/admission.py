@@ -3,7 +3,7 @@
 import copyreg
 import functools
 from abc import ABCMeta
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import msgspec
 from vllm.exceptions import VLLMValidationError
@@ -74,17 +74,10 @@ class DiffusionAdmission(LogitsProcessor, V2LogitsProcessor, metaclass=_Admissio
         except ValueError as error:
             raise _Refusal(str(error)) from None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(f"{type(self).__name__} checks requests and is never instantiated")
 
-    def is_argmax_invariant(self) -> bool:
-        raise NotImplementedError
-
-    def update_state(self, batch_update: Any) -> None:
-        raise NotImplementedError
-
-    def apply(self, logits: Any, *context: Any) -> Any:
-        raise NotImplementedError
+    is_argmax_invariant = update_state = apply = __init__
 
 
 @functools.cache
@@ -109,19 +102,14 @@ def check_sampling_params(sampling_params: SamplingParams, settings: EngineSetti
         if value is not None and value not in neutral:
             raise ValueError(f"{name} is not supported with diffusion language models, got {value!r}; {remedy}")
     check_fields(sampling_params)
-    check_request(
-        sampling_params.extra_args,
-        sampling_params.max_tokens,
-        settings.vocab_size,
-        settings.max_model_len,
-        settings.defaults,
-    )
+    extras, max_tokens = sampling_params.extra_args, sampling_params.max_tokens
+    check_request(extras, max_tokens, settings.vocab_size, settings.max_model_len, settings.defaults)
     try:  # extras of others, and what was set on the object after vLLM had checked it
         msgspec.msgpack.decode(msgspec.msgpack.encode(sampling_params), type=SamplingParams)
     except Exception as error:
         raise ValueError(
             f"sampling parameters must be what the engine's process can read: {str(error).rstrip('.')}, with "
-            f"extra_args={sampling_params.extra_args!r:.200}; make them anew, of plain Python values"
+            f"extra_args={extras!r:.200}; make them anew, of plain Python values"
         ) from error
 
 
@@ -139,10 +127,8 @@ def check_fields(sampling_params: SamplingParams) -> None:
         except Exception:  # a value's own code may raise anything while it is encoded; all of it means the same
             right = False
         if not right:
-            remedy = (
-                "give value.item(), not NumPy's" if hasattr(value, "item") else "give a plain Python value of that type"
-            )
-            raise ValueError(f"{name} must be {kind}, got {value!r}; {remedy}")
+            remedy = "value.item(), not NumPy's" if hasattr(value, "item") else "a plain Python value of that type"
+            raise ValueError(f"{name} must be {kind}, got {value!r}; give {remedy}")
 
 
 _READERS = {

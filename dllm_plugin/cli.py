@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from vllm import LLM
 
-_DEMO_TOKENS = 32
-_DEMO_KV_CACHE_BYTES = 64 << 20
-
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -45,9 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         help=f"bundled checkpoint or model folder, may be repeated (default: {' and '.join(checkpoints.NAMES)})",
     )
     demo.add_argument("--questions", type=int, default=6, help="held-out questions for each (default: %(default)s)")
-    demo.add_argument(
-        "--max-tokens", type=int, default=_DEMO_TOKENS, help="length of the canvas (default: %(default)s)"
-    )
+    demo.add_argument("--max-tokens", type=int, default=32, help="length of the canvas (default: %(default)s)")
     demo.add_argument("--steps", type=int, help="diffusion_steps (default: one a position)")
     demo.add_argument("--block-length", type=int, help="diffusion_block_length (default: the whole canvas)")
     demo.set_defaults(run=run_demo)
@@ -145,7 +140,7 @@ def load(name: str) -> "LLM":
         )
     from vllm import LLM
 
-    memory: dict[str, Any] = {"kv_cache_memory_bytes": _DEMO_KV_CACHE_BYTES} if bundled else {}
+    memory: dict[str, Any] = {"kv_cache_memory_bytes": 64 << 20} if bundled else {}
     return LLM(model=str(folder), max_num_seqs=8, use_tqdm_on_load=False, **memory)
 
 
@@ -164,9 +159,8 @@ def answer_questions(llm: "LLM", count: int, max_tokens: int, extras: dict[str, 
         chat: list[Any] = [{"role": "user", "content": question.text}]
         output = llm.chat(chat, sampling, use_tqdm=False)[0].outputs[0]
         seconds = time.perf_counter() - begin
-        is_right = output.text == question.answer
-        passes = num_forward_passes(output)
-        answers.append(Answer(question.text, output.text, is_right, len(output.token_ids), passes, seconds))
+        right, passes = output.text == question.answer, num_forward_passes(output)
+        answers.append(Answer(question.text, output.text, right, len(output.token_ids), passes, seconds))
     return answers
 
 
@@ -174,10 +168,7 @@ def print_answers(title: str, answers: list[Answer]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
-    table.add_column("prompt")
-    table.add_column("answer")
-    table.add_column("right")
+    table = Table("prompt", "answer", "right", title=title, title_justify="left")
     for heading in ("forward passes", "tokens per forward", "tokens per second"):
         table.add_column(heading, justify="right")
     for answer in answers:

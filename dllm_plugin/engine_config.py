@@ -1,7 +1,7 @@
 """What vLLM's configuration must be for a diffusion language model: set where unset, refused where it does not fit."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.config import ModelConfig
@@ -80,6 +80,7 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
 def refuse_what_does_not_fit(vllm_config: "VllmConfig") -> None:
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
     scheduler = vllm_config.scheduler_config
+    known = [isinstance(each, type) and issubclass(each, DiffusionAdmission) for each in model.logits_processors or ()]
     alone = family_of(model.architecture).prefix_stands_alone
     stages, held_back = parallel.pipeline_parallel_size, scheduler.prefill_schedule_interval
     refusals = {
@@ -105,7 +106,7 @@ def refuse_what_does_not_fit(vllm_config: "VllmConfig") -> None:
             model.enable_prompt_embeds
         ),
         f"logits processors assume left-to-right generation, got {model.logits_processors}; remove --logits-processors": (
-            not all(is_admission(processor) for processor in model.logits_processors or ())
+            not all(known)
         ),
         f"{model.architecture} is served by {WORKER}, got worker_cls={parallel.worker_cls!r}; remove --worker-cls": (
             parallel.worker_cls not in ("auto", WORKER)
@@ -121,10 +122,6 @@ def refuse_what_does_not_fit(vllm_config: "VllmConfig") -> None:
     for message, refused in refusals.items():
         if refused:
             raise ValueError(f"dllm_plugin: {message}")
-
-
-def is_admission(processor: Any) -> bool:
-    return isinstance(processor, type) and issubclass(processor, DiffusionAdmission)
 
 
 def fit_token_budget(vllm_config: "VllmConfig") -> None:
@@ -143,8 +140,7 @@ def fit_token_budget(vllm_config: "VllmConfig") -> None:
     if budget >= max_model_len:
         return
     # vLLM does not say whether the user gave the number; its own defaults are raised, anything else is refused
-    world_size = vllm_config.parallel_config.world_size
-    if budget not in EngineArgs.get_batch_defaults(world_size)[0].values():
+    if budget not in EngineArgs.get_batch_defaults(vllm_config.parallel_config.world_size)[0].values():
         raise ValueError(
             f"dllm_plugin: max_num_batched_tokens must hold a whole sequence, because every step forwards prompt and "
             f"canvas together: got {budget} with max_model_len {max_model_len}; raise --max-num-batched-tokens to "

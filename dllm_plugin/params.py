@@ -8,6 +8,7 @@ only.
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -68,6 +69,7 @@ def _parameter(rule: Rule, default: Any, text: str) -> Any:
 
 _COUNT = Rule(int, 1, MOST)
 _SHARE = Rule(float, 0.0, 1.0)
+_NUMBER = Rule(float, 0.0, MOST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +101,11 @@ class DiffusionParams:
         "unmask the k most probable positions while p_k >= 1 - factor / (k + 1), at least one a step",
     )
     alg_temp: float = _parameter(
-        Rule(float, 0.0, MOST), 0.0, "temperature of the order in which positions are taken; 0 takes the best"
+        _NUMBER, 0.0, "temperature of the order in which positions are taken; 0 takes the best"
     )
     eps: float = _parameter(Rule(float, 0.0, 1.0, high_excluded=True), 1e-3, "smallest time of Dream's schedule")
     cfg_scale: float = _parameter(
-        Rule(float, 0.0, MOST),
-        0.0,
-        "classifier-free guidance; 0 is off. Each step then forwards a second, prompt-less copy",
+        _NUMBER, 0.0, "classifier-free guidance; 0 is off. Each step then forwards a second, prompt-less copy"
     )
     eos_suppression: str = _parameter(
         Rule(str, choices=("none", "logits", "confidence")),
@@ -186,6 +186,7 @@ class DiffusionParams:
 PARAMETERS = {each.name: each for each in fields(DiffusionParams)}
 RULES: dict[str, Rule] = {name: each.metadata["rule"] for name, each in PARAMETERS.items()}
 DESCRIPTIONS: dict[str, str] = {name: each.metadata["text"] for name, each in PARAMETERS.items()}
+_KEYS = [PREFIX + name for name in RULES]
 _NEUTRAL = DiffusionParams()
 
 
@@ -413,15 +414,9 @@ def _given(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
         if key.startswith(PREFIX) and name in RULES:
             _check(key, name, value)
             given[name] = value
-        elif key.lower().startswith("diffusion") or _nearest(key, [*RULES, *_keys()], cutoff=0.85):
-            raise ValueError(
-                f"unknown diffusion parameter {key!r}{_nearest(key, _keys())}; known: {', '.join(_keys())}"
-            )
+        elif key.lower().startswith("diffusion") or _nearest(key, [*RULES, *_KEYS], cutoff=0.85):
+            raise ValueError(f"unknown diffusion parameter {key!r}{_nearest(key, _KEYS)}; known: {', '.join(_KEYS)}")
     return given
-
-
-def _keys() -> list[str]:
-    return [PREFIX + name for name in RULES]
 
 
 def _check(label: str, name: str, value: Any) -> None:
@@ -431,24 +426,17 @@ def _check(label: str, name: str, value: Any) -> None:
 
 def _remedy(name: str, value: Any) -> str:
     """How to put right a value that a rule does not accept: the common slips, else leaving it out."""
+    rule = RULES[name]
     number = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, str) and RULES[name].kind in (int, float):
-        try:
+    if isinstance(value, str) and rule.kind in (int, float):
+        with suppress(ValueError):
             number = float(value)
-        except ValueError:
-            number = None
-    if isinstance(number, float) and RULES[name].kind is int and number.is_integer():
+    if isinstance(number, float) and rule.kind is int and number.is_integer():
         number = int(number)
-    if RULES[name].accepts(number):
-        slip = (
-            "without quotes"
-            if isinstance(value, str)
-            else "without a fraction"
-            if type(value) is float
-            else "not NumPy's"
-        )
-        return f"write {number!r}, {slip}"
-    if isinstance(value, str) and RULES[name].choices and (near := _nearest(value, RULES[name].choices, cutoff=0.6)):
+    if rule.accepts(number):
+        slip = "without quotes" if isinstance(value, str) else "not NumPy's"
+        return f"write {number!r}, {'without a fraction' if type(value) is float else slip}"
+    if isinstance(value, str) and rule.choices and (near := _nearest(value, rule.choices, cutoff=0.6)):
         return f"take one of them{near}"
     default = getattr(_NEUTRAL, name)
     return "leave it out" if default in (None, ()) else f"leave it out for the default {default!r}"
