@@ -40,17 +40,10 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
     return torch.stack((even[0], odd[0], even[1], odd[1]))
 
 
-def random_bits(seed: Tensor, position: Tensor, step: Tensor, index: Tensor, stream: int) -> Tensor:
-    """32 random bits as int64, for int64 tensors that broadcast together."""
-    seed, position, step, index = torch.broadcast_tensors(seed, position, step, index)
-    words = philox4x32(_counter(index >> 2, position, step, stream), _key(seed))
-    return words.gather(0, (index & 3).unsqueeze(0)).squeeze(0)
-
-
 def row_bits(
     seed: Tensor, position: Tensor, step: Tensor, stream: int, num_columns: int, first_column: int = 0
 ) -> Tensor:
-    """`random_bits` of columns `[first_column, first_column + num_columns)` for each row: [rows, num_columns]."""
+    """32 random bits as int64 of columns `[first_column, first_column + num_columns)` of each row: [rows, num_columns]."""
     first_block, last_block = first_column // 4, -(-(first_column + num_columns) // 4)
     block = torch.arange(first_block, last_block, device=seed.device)
     rows = seed.shape[0]
@@ -110,7 +103,7 @@ def philox_block(seed, position, step, block, stream: tl.constexpr):
 
 @triton.jit
 def row_bits_block(seed, position, step, first_block, stream: tl.constexpr, NUM_BLOCKS: tl.constexpr):
-    """`random_bits` of columns `[4 * first_block, 4 * (first_block + NUM_BLOCKS))`, in order."""
+    """Twin of `row_bits` for columns `[4 * first_block, 4 * (first_block + NUM_BLOCKS))`, in order."""
     w0, w1, w2, w3 = philox_block(seed, position, step, first_block + tl.arange(0, NUM_BLOCKS), stream)
     return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
 
