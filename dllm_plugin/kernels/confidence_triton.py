@@ -143,8 +143,7 @@ def part_kernel(
     tl.store(out + 2 * parts, maximum)
     tl.store(out + 3 * parts, tl.sum(total * tl.exp(peak - tl.where(maximum == lowest, 0.0, maximum)), 0))
     if MARGIN:
-        near_logit = _temper(near_x, row, temperature_ptr, tempered_ptr)
-        near_logit = _without(near_logit, near, row, no_mass_ptr, NO_MASS)
+        near_logit = _without(_temper(near_x, row, temperature_ptr, tempered_ptr), near, row, no_mass_ptr, NO_MASS)
         beside = tl.max(tl.where(near == best_column, lowest, near_logit), 0)
         elsewhere = tl.where(peak_tile == best_group // GROUPS, second, peak)
         elsewhere = tl.max(tl.where(group == best_group % GROUPS, elsewhere, peak), 0)
@@ -180,8 +179,7 @@ def merge_kernel(
     logits = logits_ptr + row * logits_stride
     column = token.to(tl.int64)
     x = tl.load(logits + column, mask=score > lowest, other=lowest).to(tl.float32)
-    token_logit = _temper(x, row, temperature_ptr, tempered_ptr)
-    token_logit = _without(token_logit, column, row, no_mass_ptr, NO_MASS)
+    token_logit = _without(_temper(x, row, temperature_ptr, tempered_ptr), column, row, no_mass_ptr, NO_MASS)
 
     if MARGIN:
         bests = tl.load(source + 4 * parts, mask=inside, other=lowest)
@@ -190,8 +188,9 @@ def merge_kernel(
         best_token = tl.min(tl.where(bests == best, columns, nowhere), 0)
         best_column = best_token.to(tl.int64)
         best_x = tl.load(logits + best_column, mask=best > lowest, other=lowest).to(tl.float32)
-        best_logit = _temper(best_x, row, temperature_ptr, tempered_ptr)
-        best_logit = _without(best_logit, best_column, row, no_mass_ptr, NO_MASS)
+        best_logit = _without(
+            _temper(best_x, row, temperature_ptr, tempered_ptr), best_column, row, no_mass_ptr, NO_MASS
+        )
         # In the part of the best column its runner-up competes, in the others their maximum.
         others = tl.load(source + 6 * parts, mask=inside, other=lowest)
         other = tl.max(tl.where(columns == best_token, others, maxima), 0)

@@ -251,14 +251,11 @@ def _weigh(half, q, keys, queries, place, sight, scale_log2e, GROUP: gl.constexp
         v.index(0).store(gl.where(gl.expand_dims(there, 1), v.index(0).load(memory), 0.0))
         fence_async_shared()
 
-    for step in range(1, last - whole):
-        acc, p, highest, total = _take_block(
-            step, q, keys, acc, p, zeros, highest, total, key - step * KEYS, limit, scale_log2e, True
-        )
-    for step in range(gl.maximum(last - whole, 1), last - first):
-        acc, p, highest, total = _take_block(
-            step, q, keys, acc, p, zeros, highest, total, key, limit, scale_log2e, False
-        )
+    for unmasked in gl.static_range(2):
+        for step in range(gl.maximum(last - whole, 1) if unmasked else 1, last - (first if unmasked else whole)):
+            acc, p, highest, total = _take_block(
+                step, q, keys, acc, p, zeros, highest, total, key - step * KEYS, limit, scale_log2e, not unmasked
+            )
     step = last - first - 1
     mbarrier.wait(v_ready.index(step % STAGES), step // STAGES & 1)
     acc = warpgroup_mma(p, v.index(step % STAGES), acc, is_async=True)
