@@ -20,6 +20,7 @@ On a CPU the fp32 statistics have the bits of `torch.softmax(logits, -1)`: polic
 rounding changes the order. The kernel agrees with the rule on the token, and to 1e-5 on the statistics.
 """
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -132,10 +133,9 @@ def confidence_cpu(logits: Tensor, choice: Choice) -> Confidence:
         window = slice(begin, begin + step)
         x = scratch[: rows - begin].copy_(logits[window])
         blocks.append(_block(x, choice.of(window), overwrite=True))
-    token, probability, *others = zip(*blocks, strict=True)
-    return Confidence(
-        torch.cat(token), torch.cat(probability), *(None if part[0] is None else torch.cat(part) for part in others)
-    )
+    token, probability, *parts = zip(*blocks, strict=True)
+    others = (None if part[0] is None else torch.cat(part) for part in parts)
+    return Confidence(torch.cat(token), torch.cat(probability), *others)
 
 
 def _block(
@@ -271,10 +271,10 @@ def _check(logits: Tensor, choice: Choice) -> None:
 
 def check_ids(name: str, ids: Tensor | None, logits: Tensor) -> None:
     """Refuses what cannot be `no_choice` or `no_mass` of these rows, by shape, dtype and device."""
+    if ids is None:
+        return
     rows = logits.shape[0]
-    if ids is not None and (
-        ids.dim() != 2 or ids.shape[0] != rows or ids.dtype != torch.int64 or ids.device != logits.device
-    ):
+    if ids.dim() != 2 or ids.shape[0] != rows or ids.dtype != torch.int64 or ids.device != logits.device:
         refuse(f"{name} must be int64 [{rows}, n], padded with -1", {name: ids}, {"logits": logits})
 
 
@@ -282,14 +282,9 @@ def confidence_triton(logits: Tensor, choice: Choice) -> Confidence:
     """Two launches; the entropy, whose epsilon needs the finished normaliser, reads the logits once more."""
     rows, vocab = logits.shape
     margin, entropy = choice.margin, choice.entropy
-    result = Confidence(
-        logits.new_empty(rows, dtype=torch.int64),
-        logits.new_empty(rows, dtype=torch.float32),
-        *(
-            logits.new_empty(rows, dtype=torch.float32) if wanted else None
-            for wanted in (choice.log_probability, margin, entropy)
-        ),
-    )
+    new = functools.partial(logits.new_empty, rows, dtype=torch.float32)
+    others = (new() if wanted else None for wanted in (choice.log_probability, margin, entropy))
+    result = Confidence(new(dtype=torch.int64), new(), *others)
     if rows == 0:
         return result
     no_choice, no_mass, temperature, tempered, *noise = contiguous(*(getattr(choice, name) for name in _PER_ROW))

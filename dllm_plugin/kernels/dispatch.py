@@ -11,10 +11,12 @@ import os
 from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAS_TRITON = True
 except ImportError:  # a CPU installation needs no Triton
@@ -28,7 +30,7 @@ except ImportError:  # a CPU installation needs no Triton
         def __call__(self, function: object) -> object:
             return function
 
-    triton = tl = _Absent()
+    triton = tl = TensorDescriptor = _Absent()
     HAS_TRITON = False
 
 ENVIRONMENT = "DLLM_PLUGIN_KERNELS"
@@ -53,11 +55,9 @@ def use_triton(device_type: str) -> bool:
                 f"{ENVIRONMENT}=triton, but the tensors are on {device_type!r} and Triton compiles for CUDA only; "
                 "unset it, or set TRITON_INTERPRET=1 to interpret the kernels (slow, for tests)"
             )
-        choice = True
-    else:
-        choice = asked == "" and device_type == "cuda" and HAS_TRITON
-        if asked == "" and device_type == "cuda" and not HAS_TRITON:
-            logger.warning("triton is not installed: the CPU paths run on CUDA, slowly; install triton")
+    elif asked == "" and device_type == "cuda" and not HAS_TRITON:
+        logger.warning("triton is not installed: the CPU paths run on CUDA, slowly; install triton")
+    choice = asked == "triton" or (asked == "" and device_type == "cuda" and HAS_TRITON)
     reason = f"{ENVIRONMENT}={asked}" if asked else "chosen by device"
     logger.info("dllm_plugin kernels on %s: %s (%s)", device_type, "triton" if choice else "torch", reason)
     return choice
@@ -75,9 +75,9 @@ def device_generation(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
-def refuse_devices(**tensors: torch.Tensor | None) -> NoReturn:
+def refuse_devices(**tensors: Tensor) -> NoReturn:
     """Names a tensor that is not where the first one is. The caller has compared the devices, which costs less."""
-    (name, first), *others = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+    (name, first), *others = tensors.items()
     other, device = next((other, tensor.device) for other, tensor in others if tensor.device != first.device)
     raise ValueError(
         f"all tensors must be on one device, got {name} on '{first.device}' and {other} on '{device}'; "
@@ -85,9 +85,7 @@ def refuse_devices(**tensors: torch.Tensor | None) -> NoReturn:
     )
 
 
-def refuse(
-    must: str, given: dict[str, torch.Tensor], beside: dict[str, torch.Tensor] | None = None, remedy: str = ""
-) -> NoReturn:
+def refuse(must: str, given: dict[str, Tensor], beside: dict[str, Tensor] | None = None, remedy: str = "") -> NoReturn:
     """Says what tensors must be and what was given, or which of them is not on the device of the one `beside` them."""
     tensors = (beside or {}) | given
     if len({tensor.device for tensor in tensors.values()}) > 1:
@@ -96,6 +94,6 @@ def refuse(
     raise ValueError(f"{must}, got {was}" + (remedy and f"; {remedy}"))
 
 
-def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     """The small per-row and per-request tensors as kernels index them: without strides."""
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]

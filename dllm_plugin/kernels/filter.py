@@ -35,13 +35,23 @@ def filter_top_k_top_p(
     [rows] bool: top-k comes before top-p, `no_choice` [rows, A] int64 padded with -1, where ids past the vocabulary are ignored
     too; each may be None.
     """
-    _check(logits, temperature, top_k, top_p, no_choice)
+    if logits.dim() != 2 or not logits.dtype.is_floating_point or logits.shape[1] == 0:
+        refuse("logits must be floating [rows, vocab] with at least one column", {"logits": logits})
+    rows = logits.shape[0]
+    for name, tensor in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
+        if tensor is None:
+            continue
+        kind, dtype = "integer" if name == "top_k" else "floating", tensor.dtype
+        right = dtype.is_floating_point == (kind == "floating") and dtype != torch.bool
+        if not right or tensor.shape != (rows,) or tensor.device != logits.device:
+            refuse(f"{name} must be {kind} [{rows}]", {name: tensor}, {"logits": logits})
+    check_ids("no_choice", no_choice, logits)
     x = logits.to(torch.float32, copy=True)
     if temperature is not None:
         x.div_(torch.where(temperature > 0, temperature, 1.0)[:, None])
     if top_p is None and top_k is None:
         return x
-    rows, vocab = x.shape
+    vocab = x.shape[1]
     step = max(_SCRATCH_BYTES // (_BYTES_PER_COLUMN * vocab), 1)
     for first in range(0, rows, step):
         block = slice(first, first + step)
@@ -85,19 +95,3 @@ def _best_allowed(x: Tensor, no_choice: Tensor | None) -> Tensor:
     forbidden.scatter_(1, torch.where(no_choice < 0, vocab, no_choice).clamp_(max=vocab), True)
     eligible = x.clamp(min=torch.finfo(torch.float32).min)
     return eligible.masked_fill_(forbidden[:, :-1], float("-inf")).argmax(1, keepdim=True)
-
-
-def _check(
-    logits: Tensor, temperature: Tensor | None, top_k: Tensor | None, top_p: Tensor | None, no_choice: Tensor | None
-) -> None:
-    if logits.dim() != 2 or not logits.dtype.is_floating_point or logits.shape[1] == 0:
-        refuse("logits must be floating [rows, vocab] with at least one column", {"logits": logits})
-    rows = logits.shape[0]
-    for name, tensor in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
-        if tensor is None:
-            continue
-        kind, dtype = "integer" if name == "top_k" else "floating", tensor.dtype
-        right = dtype.is_floating_point == (kind == "floating") and dtype != torch.bool
-        if not right or tensor.shape != (rows,) or tensor.device != logits.device:
-            refuse(f"{name} must be {kind} [{rows}]", {name: tensor}, {"logits": logits})
-    check_ids("no_choice", no_choice, logits)

@@ -16,10 +16,8 @@ def split_kv_cache(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
     `kv_cache` is [num_pages, num_kv_heads, page_size, 2 * head_size] with any strides over a contiguous last dimension.
     """
     if kv_cache.dim() != 4 or kv_cache.shape[-1] != 2 * head_size:
-        raise ValueError(
-            f"kv_cache must be [num_pages, num_kv_heads, page_size, {2 * head_size}] for head_size {head_size}, "
-            f"got {list(kv_cache.shape)}"
-        )
+        must = f"kv_cache must be [num_pages, num_kv_heads, page_size, {2 * head_size}] for head_size {head_size}"
+        refuse(must, {"kv_cache": kv_cache})
     paged = kv_cache.transpose(1, 2)
     return paged[..., :head_size], paged[..., head_size:]
 

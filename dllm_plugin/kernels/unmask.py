@@ -81,12 +81,9 @@ def unmask(
 ) -> Unmasked:
     """Writes tokens into `canvas_tokens` and clears `canvas_masked`, both [max_slots, max_canvas], in place.
 
-    A row has its `token` [rows], any integer, and its `confidence` [rows], fp32.
-
-    Without `skip_unmasked` every row must be masked, which is not checked. With it, a row whose cell is not masked
-    on entry is never taken and counts nowhere: not in `remaining`, above `threshold`, among the ranks that the order and
-    `factor` see, nor in the cap on n. Its `token` and `confidence` may be anything, NaN and infinities included; its cell
-    must still be one of the request's canvas. The noise of `alg_temp` goes by position, so those rows do not shift it.
+    A row has its `token` [rows], any integer, and its `confidence` [rows], fp32. Without `skip_unmasked` every row must be
+    masked, which is not checked. With it, those of a row that is not masked may be anything, NaN and infinities included, and
+    its cell must still be one of the request's canvas. The noise of `alg_temp` goes by position: such rows do not shift it.
 
     Columns past the end of a shorter canvas are not special: the caller keeps them masked or cuts the unmasked prefix itself.
     """
@@ -134,16 +131,13 @@ def unmask_cpu(
     tokens, masked = host_tokens.numpy(), host_masked.numpy()
     loc, cell, new, value, slot, count = (
         tensor.cpu().numpy()
-        for tensor in (
-            segments.segment_start_loc, segments.row_cell, token, confidence, segments.slot, segments.quota
-        )
-    )  # fmt: skip
+        for tensor in (segments.segment_start_loc, segments.row_cell, token, confidence, segments.slot, segments.quota)
+    )
     if segments.skip_unmasked:
         live = masked.ravel()[cell]
         loc = np.concatenate([[0], live.cumsum()])[loc]
         cell, new, value = cell[live], new[live], value[live]
-    begin, end = loc[:-1], loc[1:]
-    length = end - begin
+    begin, length = loc[:-1], np.diff(loc)
     segment = np.arange(len(length)).repeat(length)
     row = np.arange(len(segment))
 
@@ -241,9 +235,8 @@ def unmask_triton(
         segments.step,
     )  # fmt: skip
     num_segments = len(segments.quota)
-    rank, summary = (
-        torch.empty(size, dtype=torch.int32, device=slot.device) for size in (len(token), num_segments + len(slot))
-    )
+    sizes = (len(token), num_segments + len(slot))
+    rank, summary = (torch.empty(size, dtype=torch.int32, device=slot.device) for size in sizes)
     if len(slot):
         unmask_kernel[slot.shape](
             canvas_tokens, canvas_masked, slot, request_start_loc, *inputs,

@@ -26,14 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm_plugin.kernels import dispatch
-from dllm_plugin.kernels.dispatch import contiguous, refuse, refuse_devices, triton, use_triton
+from dllm_plugin.kernels.dispatch import TensorDescriptor, contiguous, refuse, refuse_devices, triton, use_triton
 from dllm_plugin.kernels.store_kv import check_cache
 from dllm_plugin.kernels.window_attention_triton import attention_kernel, combine_kernel
 
-if dispatch.HAS_TRITON:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-else:
-    TensorDescriptor = None
 try:
     from dllm_plugin.kernels import hopper_attention
 except ImportError:  # no Triton, or one without Gluon
@@ -166,6 +162,7 @@ def window_attention_cpu(
     page_size, num_kv_heads, head_size = key_cache.shape[1:]
     starts, *per_request = (_on_host(windows, name) for name in ("query_start_loc", *_PER_REQUEST))
     ragged = list(zip(pairwise(starts), *per_request, strict=True))
+    shapes = [(end - begin, seen, block) for (begin, end), _, seen, _, block in ragged]
     row_bytes = 2 * num_kv_heads * head_size * key_cache.element_size()
     first = 0
     while first < len(ragged):
@@ -173,7 +170,7 @@ def window_attention_cpu(
         length, last = end - begin, first + 1
         if block == 0:  # neighbours of one shape go together as long as their pages fit the cache
             most = max(_GATHER_BYTES // (row_bytes * max(seen, 1)), 1)
-            while last < min(first + most, len(ragged)) and _same_shape(ragged[last], length, seen):
+            while last < min(first + most, len(ragged)) and shapes[last] == shapes[first]:
                 last += 1
         count = last - first
         pages = windows.block_table[first:last, : -(-seen // page_size)].reshape(-1)
@@ -181,9 +178,8 @@ def window_attention_cpu(
             gathered.view(count, -1, num_kv_heads, head_size)[:, :seen]
             for gathered in _gather_pages(key_cache, value_cache, pages)
         )
-        queries, outputs = (
-            tensor[begin : begin + count * length].unflatten(0, (count, length)) for tensor in (query, out)
-        )
+        own = slice(begin, begin + count * length)
+        queries, outputs = (tensor[own].unflatten(0, (count, length)) for tensor in (query, out))
         for low, high, limit in _runs_of_equal_limit(start, length, seen, prefix, block):
             outputs[:, low:high] = _attend(queries[:, low:high], key[:, :limit], value[:, :limit], scale)
         first = last
@@ -220,11 +216,6 @@ def full_attention_cpu(
     return out
 
 
-def _same_shape(window: tuple, length: int, seen: int) -> bool:
-    (begin, end), _, visible, _, block = window
-    return block == 0 and end - begin == length and visible == seen
-
-
 def _runs_of_equal_limit(start: int, length: int, visible: int, prefix: int, block: int) -> list[tuple[int, int, int]]:
     """(first query, last query + 1, limit) for each run of queries that see the same keys."""
     if block == 0:
@@ -251,10 +242,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 def _check_heads(query: Tensor, key: Tensor, value: Tensor, query_start_loc: Tensor, out: Tensor | None) -> Tensor:
     """What both variants ask of their tensors; returns the output buffer."""
     device, num_kv_heads = query.device, key.shape[-2]
-    if not (device == key.device == value.device == query_start_loc.device) or (
-        out is not None and out.device != device
-    ):
-        refuse_devices(query=query, key=key, value=value, query_start_loc=query_start_loc, out=out)
+    if not (device == key.device == value.device == query_start_loc.device):
+        refuse_devices(query=query, key=key, value=value, query_start_loc=query_start_loc)
     if (
         query.dim() != 3
         or key.shape != value.shape
@@ -274,7 +263,7 @@ def _check_heads(query: Tensor, key: Tensor, value: Tensor, query_start_loc: Ten
         refuse("query_start_loc must be int32 [num_reqs + 1]", {"query_start_loc": query_start_loc})
     if out is None:
         return torch.empty(query.shape, dtype=query.dtype, device=device)
-    if out.shape != query.shape or out.dtype != query.dtype or out.stride(2) != 1:
+    if out.shape != query.shape or out.dtype != query.dtype or out.stride(2) != 1 or out.device != device:
         refuse(f"out must be like the query, {query.dtype} {list(query.shape)}", {"out": out}, {"query": query})
     return out
 
@@ -331,11 +320,8 @@ def attention_triton(
     key_stride, value_stride = ((0, *tensor.stride())[-4:-1] for tensor in (key, value))
     group = num_heads // num_kv_heads
     generation = dispatch.device_generation(query.device)
-    on_hopper = (
-        tiling is None
-        and hopper_attention is not None
-        and hopper_attention.fits(query, key, value, max_query_len * group, generation)
-    )
+    on_hopper = tiling is None and hopper_attention is not None
+    on_hopper = on_hopper and hopper_attention.fits(query, key, value, max_query_len * group, generation)
     tiling = tiling or choose_tiling(head_size, query.dtype, max_query_len * group, page_size > 0, generation)
     rows = hopper_attention.ROWS if on_hopper else max(tiling.rows, triton.next_power_of_2(group))
     tokens_per_tile = rows // group
