@@ -183,6 +183,19 @@ def test_only_the_first_part_of_a_head_is_rotated(tmp_path):
     assert rotated == [*(-i for i in range(8, 16)), *range(8), *range(16, 32)]
 
 
+def test_rows_of_the_fused_weight_are_queries_then_keys_then_values(tmp_path):
+    model = load(WRITERS["llada2"](tmp_path, 1))
+    fused = model.weights["model.layers.0.attention.query_key_value.weight"]
+    assert fused.shape == ((4 + 2 + 2) * 32, 128)
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
+    for part, rows in enumerate((slice(0, 128), slice(128, 192), slice(192, 256))):
+        before = model.queries_keys_values("model.layers.0", x)
+        fused[rows] *= -1
+        after = model.queries_keys_values("model.layers.0", x)
+        changed = [not torch.equal(*pair) for pair in zip(before, after, strict=True)]
+        assert changed == [index == part for index in range(3)]
+
+
 def test_a_null_head_dim_is_hidden_over_heads(tmp_path):
     model = load(WRITERS["dream-reasoner"](tmp_path, 1))
     assert model.config["head_dim"] is None and model.head_dim == 32

@@ -2,7 +2,9 @@
 
 The principles are those of `checkpoints`: a small embedding of the mask, large queries and keys (in their norms, where a
 family normalises them), a scaled head. Two keys are added where a published config.json leaves them to the code, because
-a vocabulary of 331 has no published mask: `mask_token_id`, and a block length that is not the family's own.
+a vocabulary of 331 has no published mask: `mask_token_id`, and a block length that is not the family's own. The keys of
+LLaDA-MoE, DreamReasoner and Stable-DiffCoder are those that their code reads; their config.json files were not at hand.
+Float32 rounding is up to 1e-4 in a logit of the mixtures of experts.
 
 Sources of keys and tensor names: yjyddq/DARE:models/{SDAR-4B-Chat,SDAR-30B-A3B-Chat,LLaDA2.0-mini} (config.json,
 generation_config.json, model.safetensors.index.json), Satgoy152/DualDiffusion:FastDLLM_inferencing/Fast_dLLM_v2_7B,
