@@ -167,7 +167,7 @@ def unmask_cpu(
         bound = segments.entropy_bound.cpu().numpy()
         entropies = -value[order].astype(np.float64)
         for number in np.flatnonzero(bound > 0):
-            total = entropies[begin[number] : end[number]].cumsum()
+            total = entropies[loc[number] : loc[number + 1]].cumsum()
             count[number] = max(count[number], (total < bound[number]).sum())
     count = np.minimum(np.maximum(count, 0), length)
 
