@@ -8,7 +8,8 @@ because they add up a head in another order.
 import torch
 from torch import Tensor
 
-from dllm_plugin.kernels.dispatch import FLOATS, refuse_devices, tl, triton, use_triton
+from dllm_plugin.kernels.dispatch import refuse, tl, triton, use_triton
+from dllm_plugin.kernels.rotary import check_heads
 
 
 def head_norm(
@@ -19,23 +20,13 @@ def head_norm(
     They are the first of `heads` [tokens, n, head_size], bf16, fp16 or fp32 with any strides over a contiguous last dimension.
     `q_weight`, `k_weight` [head_size] are contiguous and have the dtype of `heads`.
     """
-    if not (heads.device == q_weight.device == k_weight.device):
-        refuse_devices(heads=heads, q_weight=q_weight, k_weight=k_weight)
-    if heads.dim() != 3 or heads.dtype not in FLOATS or heads.stride(2) != 1:
-        raise ValueError(
-            "heads must be bf16, fp16 or fp32 [tokens, n, head_size] with a contiguous last dimension, got "
-            f"{heads.dtype} {list(heads.shape)} with strides {heads.stride()}"
-        )
-    if num_heads < 1 or num_kv_heads < 1 or num_heads + num_kv_heads > heads.shape[1]:
-        raise ValueError(
-            f"heads is {list(heads.shape)} and must hold num_heads and num_kv_heads, got {num_heads} and {num_kv_heads}"
-        )
+    check_heads(heads, num_heads, num_kv_heads)
+    dtype, device = heads.dtype, heads.device
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if weight.shape != heads.shape[2:] or weight.dtype != heads.dtype or not weight.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous {heads.dtype} [{heads.shape[2]}] as heads is {list(heads.shape)}, got "
-                f"{weight.dtype} {list(weight.shape)} with strides {weight.stride()}"
-            )
+        right = weight.shape == heads.shape[2:] and weight.dtype == dtype and weight.device == device
+        if not (right and weight.is_contiguous()):
+            must = f"{name} must be contiguous {dtype} [{heads.shape[2]}] as heads is {list(heads.shape)}"
+            refuse(must, {name: weight}, {"heads": heads})
     run = head_norm_triton if use_triton(heads.device.type) else head_norm_rule
     return run(heads, num_heads, num_kv_heads, q_weight, k_weight, eps)
 

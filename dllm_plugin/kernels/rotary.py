@@ -18,14 +18,8 @@ def rotate(heads: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: T
     `cos`, `sin` [tokens, 1, rotary_size], of an even rotary_size up to head_size, are contiguous, float32 or of the dtype of
     `heads`, and their two halves are alike: the kernel reads the first.
     """
-    if heads.dim() != 3 or heads.dtype not in FLOATS or heads.stride(2) != 1:
-        must = "heads must be bf16, fp16 or fp32 [tokens, n, head_size] with a contiguous last dimension"
-        refuse(must, {"heads": heads})
-    tokens, held, head_size = heads.shape
-    if num_heads < 1 or num_kv_heads < 1 or num_heads + num_kv_heads > held:
-        raise ValueError(
-            f"heads is {list(heads.shape)} and must hold num_heads and num_kv_heads, got {num_heads} and {num_kv_heads}"
-        )
+    check_heads(heads, num_heads, num_kv_heads)
+    tokens, _, head_size = heads.shape
     if (
         cos.dim() != 3
         or cos.shape[:2] != (tokens, 1)
@@ -44,6 +38,16 @@ def rotate(heads: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: T
         refuse(must, {"cos": cos, "sin": sin}, {"heads": heads})
     run = rotate_triton if use_triton(heads.device.type) else rotate_rule
     return run(heads, num_heads, num_kv_heads, cos, sin)
+
+
+def check_heads(heads: Tensor, num_heads: int, num_kv_heads: int) -> None:
+    if heads.dim() != 3 or heads.dtype not in FLOATS or heads.stride(2) != 1:
+        must = "heads must be bf16, fp16 or fp32 [tokens, n, head_size] with a contiguous last dimension"
+        refuse(must, {"heads": heads})
+    if num_heads < 1 or num_kv_heads < 1 or num_heads + num_kv_heads > heads.shape[1]:
+        raise ValueError(
+            f"heads is {list(heads.shape)} and must hold num_heads and num_kv_heads, got {num_heads} and {num_kv_heads}"
+        )
 
 
 def rotate_rule(heads: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
