@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from vllm.model_executor.models.utils import WeightsMapper
 
+# of a projection, or of one of all experts: (expert, or None for all of them in one tensor; part of its outputs)
+Shard = int | str | tuple[int | None, int] | None
 # of a stacked projection; adapters and quantization configs name its shards so
 SHARD_NAMES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", 0: "gate_proj", 1: "up_proj"}
 
@@ -14,32 +16,41 @@ SHARD_NAMES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", 0: "gate_proj", 1: "
 class WeightNames:
     """What a family's checkpoint calls the decoder's modules, as (our module, shard of it) for each of its modules.
 
-    ``layer``: what stands before a block's number. ``in_layer``: modules of a block. ``outside``: all others.
+    ``layer``: what stands before a block's number. ``in_layer``: modules of a block, with a star for an expert's number.
+    ``outside``: all others.
     """
 
     layer: str
     in_layer: dict[str, tuple[str, int | str | None]]
     outside: dict[str, str]
 
-    def locate(self, name: str) -> tuple[str, int | str | None]:
+    def locate(self, name: str) -> tuple[str, Shard]:
         """Our parameter and the shard of it that the checkpoint's tensor ``name`` holds; ("", None) if unknown."""
         module, _, kind = name.rpartition(".")
-        if match := re.fullmatch(rf"{re.escape(self.layer)}\.(\d+)\.(.+)", module):
-            target, shard = self.in_layer.get(match[2], ("", None))
-            return (f"blocks.{match[1]}.{target}.{kind}", shard) if target else ("", None)
-        return (f"{self.outside[module]}.{kind}", None) if module in self.outside else ("", None)
+        if not (match := re.fullmatch(rf"{re.escape(self.layer)}\.(\d+)\.(.+)", module)):
+            return (f"{self.outside[module]}.{kind}", None) if module in self.outside else ("", None)
+        block, leaf = f"blocks.{match[1]}", match[2]
+        if place := self.in_layer.get(f"{leaf}.*.{kind}"):  # of all experts, without ".weight" (inclusionAI/dFactory)
+            return f"{block}.{place[0]}.weight", (None, int(place[1] or 0))
+        expert = re.fullmatch(r"(.+)\.(\d+)\.(.+)", leaf)
+        target, shard = self.in_layer.get(f"{expert[1]}.*.{expert[3]}" if expert else leaf, ("", None))
+        if not target:
+            return "", None
+        return f"{block}.{target}.{kind}", (int(expert[2]), int(shard or 0)) if expert else shard
 
     @property
     def mapper(self) -> WeightsMapper:
         """The same mapping for vLLM, which renames the modules that adapters and quantization configs speak of.
 
-        A shard of a stacked projection keeps a name of its own there (``q_proj``), as `packed_modules_mapping` lists.
+        A shard of a stacked projection keeps a name of its own there (``q_proj``), as `packed_modules_mapping` lists. Experts
+        have neither adapters nor quantization.
         """
         patterns = {
             rf"^{re.escape(self.layer)}\.(\d+)\.{re.escape(leaf)}(?=\.|$)": (
                 rf"decoder.blocks.\1.{self._module_of_shard(ours, shard)}"
             )
             for leaf, (ours, shard) in self.in_layer.items()
+            if "*" not in leaf
         }
         patterns |= {rf"^{re.escape(module)}(?=\.|$)": f"decoder.{ours}" for module, ours in self.outside.items()}
         return WeightsMapper(orig_to_new_regex={re.compile(pattern): new for pattern, new in patterns.items()})
@@ -49,10 +60,15 @@ class WeightNames:
         parent, dot, _ = ours.rpartition(".")
         return ours if shard is None else f"{parent}{dot}{SHARD_NAMES[shard]}"
 
-    def tensors_of(self, num_layers: int) -> Iterable[str]:
-        """Every name `locate` knows, weights and biases alike."""
-        modules = [*self.outside, *(f"{self.layer}.{i}.{leaf}" for i in range(num_layers) for leaf in self.in_layer)]
-        return (f"{module}.{kind}" for module in modules for kind in ("weight", "bias"))
+    def tensors_of(self, num_layers: int, num_experts: int = 0) -> Iterable[str]:
+        """Every name `locate` knows, weights and biases alike, with a tensor for each expert."""
+        leaves = [
+            leaf.replace("*", str(expert))
+            for leaf in self.in_layer
+            for expert in range(num_experts if "*" in leaf else 1)
+        ]
+        modules = [*self.outside, *(f"{self.layer}.{i}.{leaf}" for i in range(num_layers) for leaf in leaves)]
+        return (f"{module}.{kind}" for module in modules for kind in ("weight", "bias", "expert_bias"))
 
 
 ATTENTION: dict[str, tuple[str, int | str | None]] = {
@@ -70,9 +86,15 @@ DENSE_MLP: dict[str, tuple[str, int | str | None]] = {
     "mlp.up_proj": ("mlp.gate_up_proj", 1),
     "mlp.down_proj": ("mlp.down_proj", None),
 }
-# of Llama and Qwen, with biases and norms of heads where a family has them
+EXPERTS: dict[str, tuple[str, int | str | None]] = {
+    "mlp.gate": ("mlp.router", None),
+    "mlp.experts.*.gate_proj": ("mlp.stacked_gate_up", 0),
+    "mlp.experts.*.up_proj": ("mlp.stacked_gate_up", 1),
+    "mlp.experts.*.down_proj": ("mlp.stacked_down", 0),
+}
+# of Llama and Qwen, with biases, norms of heads and experts where a family has them
 LLAMA = WeightNames(
     layer="model.layers",
-    in_layer=ATTENTION | DENSE_MLP,
+    in_layer=ATTENTION | DENSE_MLP | EXPERTS,
     outside={"model.embed_tokens": "embedding", "model.norm": "norm", "lm_head": "head"},
 )

@@ -26,7 +26,8 @@ from dllm_plugin.kernels.head_norm import head_norm
 from dllm_plugin.kernels.rms_norm import rms_norm
 from dllm_plugin.kernels.rotary import rotate
 from dllm_plugin.models.configs import DiffusionConfig
-from dllm_plugin.models.names import WeightNames
+from dllm_plugin.models.experts import Experts, ExpertsShape
+from dllm_plugin.models.names import Shard, WeightNames
 
 
 @dataclass(frozen=True)
@@ -48,22 +49,35 @@ class Shape:
     tie_embeddings: bool
     # LLaDA rotates q and k in float32; the others round cos and sin to the activations' dtype first
     rope_in_float32: bool
+    experts: ExpertsShape | None = None
+    sparse_layers: frozenset[int] = frozenset()  # those whose MLP is experts
 
-    def tensor_shape(self, target: str, shard: int | str | None) -> tuple[int, ...]:
+    @property
+    def num_experts(self) -> int:
+        return self.experts.num_experts if self.experts else 0
+
+    def tensor_shape(self, target: str, shard: Shard) -> tuple[int, ...]:
         """Shape of the checkpoint's tensor for a parameter of the decoder, or for a shard of it."""
-        *_, module, kind = target.split(".")
+        *path, module, kind = target.split(".")
+        width = self.intermediate_size
+        if self.experts is not None and isinstance(shard, tuple):
+            width = self.experts.intermediate_size
+            shape = (self.hidden_size, width) if module == "stacked_down" else (width, self.hidden_size)
+            return shape if shard[0] is not None else (self.num_experts, *shape)
+        if module == "router":
+            return (self.num_experts,) if kind == "expert_bias" else (self.num_experts, self.hidden_size)
         if module in ("q_norm", "k_norm"):
             return (self.head_size,)
+        if self.experts is not None and "shared" in path:
+            width = self.experts.shared_size
         heads: dict[Any, int] = {"q": self.num_heads, "k": self.num_kv_heads, "v": self.num_kv_heads}
         rows = {
             "embedding": self.num_embeddings,
             "head": self.num_embeddings,
-            "gate_up_proj": self.intermediate_size,
+            "gate_up_proj": width,
             "qkv_proj": self.head_size * heads.get(shard, sum(heads.values())),
         }.get(module, self.hidden_size)
-        columns = {"down_proj": self.intermediate_size, "o_proj": self.head_size * self.num_heads}.get(
-            module, self.hidden_size
-        )
+        columns = {"down_proj": width, "o_proj": self.head_size * self.num_heads}.get(module, self.hidden_size)
         return (rows,) if kind == "bias" or module.endswith("norm") else (rows, columns)
 
 
@@ -102,7 +116,7 @@ class GatedMLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, shape: Shape, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(self, shape: Shape, vllm_config: VllmConfig, prefix: str, sparse: bool) -> None:
         super().__init__()
         quant_config = vllm_config.quant_config
         size, head_size = shape.hidden_size, shape.head_size
@@ -129,7 +143,12 @@ class Block(nn.Module):
             shape.num_heads * head_size, size, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
         )
         self.post_attention_norm = RMSNorm(size, shape.norm_eps)
-        self.mlp = GatedMLP(size, shape.intermediate_size, quant_config, prefix=f"{prefix}.mlp")
+        self.mlp: nn.Module
+        if sparse and (experts := shape.experts) is not None:
+            shared = experts.shared_size and GatedMLP(size, experts.shared_size, quant_config, f"{prefix}.mlp.shared")
+            self.mlp = Experts(size, experts, shared or None)
+        else:
+            self.mlp = GatedMLP(size, shape.intermediate_size, quant_config, f"{prefix}.mlp")
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
@@ -161,7 +180,8 @@ class Decoder(nn.Module):
             shape.num_embeddings, shape.hidden_size, quant_config=quant_config, prefix=f"{prefix}.embedding"
         )
         self.blocks = nn.ModuleList(
-            Block(shape, vllm_config, prefix=f"{prefix}.blocks.{i}") for i in range(shape.num_layers)
+            Block(shape, vllm_config, prefix=f"{prefix}.blocks.{i}", sparse=i in shape.sparse_layers)
+            for i in range(shape.num_layers)
         )
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         if shape.tie_embeddings:
@@ -260,24 +280,28 @@ class DiffusionLM(nn.Module, SupportsLoRA):
         """
         # layers with adapters keep what was loaded under another name
         parameters = {name.replace(".base_layer.", "."): p for name, p in self.decoder.named_parameters()}
-        loaded: set[tuple[str, int | str | None]] = set()
+        shape, loaded = self.decoder.shape, set[tuple[str, Shard]]()
         for name, tensor in weights:
             target, shard = self.names.locate(name)
-            if self.decoder.shape.tie_embeddings and target.startswith("head."):
+            if shape.tie_embeddings and target.startswith("head."):
                 continue  # a tied head, stored all the same
-            if target not in parameters:
+            experts = [shard[0]] if isinstance(shard, tuple) and shard[0] is not None else range(shape.num_experts)
+            if target not in parameters or any(expert >= shape.num_experts for expert in experts):
                 raise ValueError(f"the checkpoint holds a tensor that {type(self).__name__} does not have: {name}")
             # vLLM's loaders would cut a tensor that is too large
-            if self.quant_config is None and tensor.shape != (shape := self.decoder.shape.tensor_shape(target, shard)):
+            if self.quant_config is None and tensor.shape != (asked := shape.tensor_shape(target, shard)):
                 raise ValueError(
-                    f"tensor {name} has shape {tuple(tensor.shape)}, and config.json asks for {shape}; the checkpoint and "
+                    f"tensor {name} has shape {tuple(tensor.shape)}, and config.json asks for {asked}; the checkpoint and "
                     "its config.json do not belong together"
                 )
             load = getattr(parameters[target], "weight_loader", default_weight_loader)
             load(parameters[target], tensor, *(() if shard is None else (shard,)))
-            loaded.add((target, shard))
+            loaded |= (
+                {(target, (expert, shard[1])) for expert in experts} if isinstance(shard, tuple) else {(target, shard)}
+            )
         # where a quantization method stores a weight under another name, no parameter has this one
-        expected = {name: self.names.locate(name) for name in self.names.tensors_of(self.decoder.shape.num_layers)}
+        names = self.names.tensors_of(shape.num_layers, shape.num_experts)
+        expected = {name: self.names.locate(name) for name in names}
         missing = [n for n, place in expected.items() if place[0] in parameters and place not in loaded]
         if missing:
             raise ValueError(f"the checkpoint lacks {len(missing)} of its tensors: {', '.join(missing[:8])}")
