@@ -1,7 +1,7 @@
 """What vLLM's configuration must be for a diffusion language model: set where unset, refused where it does not fit."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from vllm.config import ModelConfig
@@ -10,6 +10,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from dllm_plugin.admission import UNSUPPORTED, DiffusionAdmission, admission_for
 from dllm_plugin.families import family_of
+from dllm_plugin.models.configs import DiffusionConfig, config_class
 from dllm_plugin.params import BLOCK, DiffusionParams, check_token_ids, engine_settings, parse_engine_defaults
 from dllm_plugin.plugin import TOKENIZER_MODE
 from dllm_plugin.settings import EngineSettings, model_config_of
@@ -55,6 +56,10 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         """Runs before vLLM puts its own values for what the user left open."""
         model_config.__class__ = DiffusionModelConfig
+        own = config_class(model_config.architecture)
+        if type(model_config.hf_config) is not own:
+            model_config.hf_config = model_config.hf_text_config = read_again(model_config, own)
+            model_config.model_arch_config = model_config.get_model_arch_config()
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: "VllmConfig") -> None:
@@ -75,6 +80,21 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
             records_graphs=not graphs_are_off(vllm_config),
         )
         select_components(vllm_config)
+
+
+def read_again(model: ModelConfig, own: type[DiffusionConfig]) -> DiffusionConfig:
+    """The family's own config, where the architecture did not choose it.
+
+    Stable-DiffCoder's ``model_type`` is Llama's, of which transformers has a class; and an override may name another
+    architecture than config.json.
+    """
+    path = model.hf_config_path or model.model
+    values, _ = own.get_config_dict(path, revision=model.revision, token=model.hf_token)
+    overrides = model.hf_overrides
+    config = own(**values | (overrides if isinstance(overrides, dict) else {}))
+    if (quantization := getattr(model.hf_config, "quantization_config", None)) is not None:
+        config.quantization_config = quantization  # vLLM finds it in files of other names, too
+    return cast(DiffusionConfig, overrides(config)) if callable(overrides) else config
 
 
 def refuse_what_does_not_fit(vllm_config: "VllmConfig") -> None:
@@ -102,6 +122,8 @@ def refuse_what_does_not_fit(vllm_config: "VllmConfig") -> None:
         f"a diffusion model generates text, got runner={model.runner_type!r}; remove --runner": (
             model.runner_type != "generate"
         ),
+        "expert parallelism is not supported: every rank has a share of every expert; remove --enable-expert-parallel and "
+        "use --tensor-parallel-size alone": parallel.enable_expert_parallel,
         "prompts are token ids, whose masks and positions the canvas keeps; remove --enable-prompt-embeds": (
             model.enable_prompt_embeds
         ),

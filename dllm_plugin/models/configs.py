@@ -111,6 +111,11 @@ class DiffusionConfig(PretrainedConfig):
                 raise ValueError(
                     f"{key} must be a positive integer, got {value!r}; take it from the published config.json"
                 )
+        if (experts := getattr(self, "num_experts", 0)) and self.num_experts_per_tok > experts:
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} is above num_experts {experts}; take both from the published "
+                "config.json"
+            )
         if self.rotary_size % 2 or not 0 < self.rotary_size <= self.head_size:
             raise ValueError(
                 f"partial_rotary_factor must make an even number of a head's {self.head_size} dimensions turn, got "
@@ -236,3 +241,159 @@ class SDARConfig(DiffusionConfig):
         "use_sliding_window": (False, None),
     }
     __init__ = DiffusionConfig.__init__
+
+
+class DreamReasonerConfig(DiffusionConfig):
+    """DreamReasoner: keys as in a test of SJTU-DENG-Lab/Diffulex; head_dim may be null. ``model_type`` is Dream's."""
+
+    model_type = "Dream"
+    attribute_map = SDARConfig.attribute_map
+    required_keys = LLAMA_KEYS
+    supported_values = SDARConfig.supported_values
+    __init__ = DiffusionConfig.__init__
+
+
+class FastDLLMConfig(DiffusionConfig):
+    """Fast-dLLM v2: keys as in Efficient-Large-Model/Fast_dLLM_v2_7B:config.json."""
+
+    model_type = "Fast_dLLM_Qwen"
+    attribute_map: ClassVar[dict[str, str]] = {"block_length": "bd_size"}
+    required_keys = LLAMA_KEYS
+    supported_values = DreamConfig.supported_values
+    __init__ = DiffusionConfig.__init__
+
+
+class StableDiffCoderConfig(DiffusionConfig):
+    """Stable-DiffCoder: keys as in a Llama's config.json, whose ``model_type`` it has there.
+
+    Registered under one of its own: under Llama's it would be the config of every Llama.
+    """
+
+    model_type = "stable_diffcoder"
+    attribute_map = SDARConfig.attribute_map
+    required_keys = LLAMA_KEYS
+    supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "hidden_act": ("silu",),
+        "rope_scaling": (None,),
+        "attention_bias": (False, None),
+        "mlp_bias": (False, None),
+    }
+    __init__ = DiffusionConfig.__init__
+
+
+# ---- with experts
+
+EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+
+
+class SDARMoeConfig(SDARConfig):
+    """SDAR-30B-A3B: keys as in yjyddq/DARE:models/SDAR-30B-A3B-Chat/config.json."""
+
+    model_type = "sdar_moe"
+    sizes = (*SDARConfig.sizes, *EXPERT_SIZES)
+    required_keys = (*SDARConfig.required_keys, *EXPERT_SIZES, "norm_topk_prob")
+    supported_values: ClassVar[dict[str, tuple[Any, ...]]] = SDARConfig.supported_values | {
+        "decoder_sparse_step": (1,),
+        "mlp_only_layers": ([], None),
+        "norm_topk_prob": (True, False),
+    }
+    __init__ = DiffusionConfig.__init__
+
+
+class LLaDAMoEConfig(DiffusionConfig):
+    """LLaDA-MoE: keys as in inclusionAI/LLaDA-MoE-7B-A1B-Base:configuration_lladamoe.py. ``model_type`` is LLaDA's."""
+
+    model_type = "llada"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "intermediate_size": "dense_intermediate_size",
+        "moe_intermediate_size": "expert_intermediate_size",
+    }
+    sizes = (*DiffusionConfig.sizes, *EXPERT_SIZES)
+    required_keys = (
+        *(key for key in LLAMA_KEYS if key != "intermediate_size"),
+        "num_experts",
+        "num_experts_per_tok",
+        "dense_intermediate_size",
+        "expert_intermediate_size",
+        "moe_layer_freq",
+        "qk_layernorm",
+    )
+    supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "hidden_act": ("silu",),
+        "rope_scaling": (None,),
+        "attention_bias": (False, None),
+        "clip_qkv": (None,),
+        "shared_expert_intermediate_size": (None, 0),
+        "moe_router_enable_expert_bias": (False, None),
+        "moe_router_score_function": ("softmax", None),
+        "norm_topk_prob": (True, False, None),
+        "qk_layernorm": (True, False),
+    }
+    __init__ = DiffusionConfig.__init__
+
+    def check(self) -> None:
+        super().check()
+        layers = self.moe_layer_freq
+        if not isinstance(layers, list) or len(layers) != self.num_hidden_layers or not set(layers) <= {0, 1}:
+            raise ValueError(
+                f"moe_layer_freq must hold 0 or 1 for each of {self.num_hidden_layers} layers, got {layers!r}; take it from "
+                "the published config.json"
+            )
+
+
+class LLaDA2Config(DiffusionConfig):
+    """LLaDA2.0 and 2.1: keys as in yjyddq/DARE:models/LLaDA2.0-mini/config.json. EOS is the padding."""
+
+    model_type = "llada2_moe"
+    attribute_map = SDARConfig.attribute_map
+    sizes = (*DiffusionConfig.sizes, *EXPERT_SIZES, "n_group", "topk_group")
+    required_keys = (
+        *LLAMA_KEYS,
+        *EXPERT_SIZES,
+        "head_dim",
+        "partial_rotary_factor",
+        "n_group",
+        "topk_group",
+        "num_shared_experts",
+        "first_k_dense_replace",
+        "routed_scaling_factor",
+        "score_function",
+        "use_qk_norm",
+        "moe_router_enable_expert_bias",
+    )
+    supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "hidden_act": ("silu",),
+        "rope_scaling": (None,),
+        "use_sliding_window": (False, None),
+        "use_qk_norm": (True,),
+        "use_rmsnorm": (True, None),
+        "use_qkv_bias": (False, None),
+        "use_bias": (False, None),
+        "using_split_qkv_in_self_attention": (False, None),
+        "score_function": ("sigmoid",),
+        "moe_router_enable_expert_bias": (True,),
+        "norm_head": (False, None),
+        "expert_capacity": (None,),  # LLaDA2.2 routes blocks, not tokens
+    }
+
+    def __init__(self, **kwargs: Any) -> None:
+        if kwargs.get("eos_token_id") is None:
+            kwargs["eos_token_id"] = kwargs.get("pad_token_id")
+        super().__init__(**kwargs)
+        self.sliding_window = None  # of no effect, and vLLM would not ask whether it is used
+
+    def check(self) -> None:
+        super().check()
+        for key in ("first_k_dense_replace", "num_shared_experts"):
+            if not is_integer(value := getattr(self, key) or 0) or value < 0:
+                raise ValueError(
+                    f"{key} must be an integer of at least 0, got {value!r}; take it from the published config"
+                )
+        group = self.num_experts // self.n_group
+        held = self.num_experts_per_tok <= self.topk_group * group
+        if self.num_experts % self.n_group or group < 2 or self.topk_group > self.n_group or not held:
+            raise ValueError(
+                f"n_group must cut the {self.num_experts} experts into equal groups of at least 2, of which topk_group hold "
+                f"num_experts_per_tok {self.num_experts_per_tok}, got n_group={self.n_group} and "
+                f"topk_group={self.topk_group}; take them from the published config.json"
+            )
