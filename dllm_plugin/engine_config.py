@@ -1,7 +1,7 @@
 """What vLLM's configuration must be for a diffusion language model: set where unset, refused where it does not fit."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from vllm.config import ModelConfig
