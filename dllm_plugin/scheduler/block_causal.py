@@ -63,6 +63,11 @@ class BlockCausalPlan(Plan):
         num_pinned = template.index(HOLE) if HOLE in template else 0  # no window ends in a block that is pinned
         return self._edge_behind(self.emitted + num_pinned)
 
+    @property
+    def _answer_end(self) -> int:
+        """Behind it nothing is emitted, though its block is denoised to the end."""
+        return min(self.limit, self.prompt_length + len(self.params.template)) if self.params.template else self.limit
+
     def _begin_canvas(self) -> None:
         # what was emitted before a preemption is not denoised again, but for the block that was open
         self.canvas_start = max(self.canvas_start, self.emitted // self.block_length * self.block_length)
@@ -101,6 +106,9 @@ class BlockCausalPlan(Plan):
         self.timestep += num_passes * (not stage.is_first_token)
         self._stage_timestep += num_passes
         self._stages[0] = stage._replace(num_masked=num_masked[0])
+        if self.emitted >= self._answer_end:
+            self._stages = []
+            return
         if num_masked[0]:
             return
         if self.params.edit_threshold is not None:
@@ -156,7 +164,7 @@ class BlockCausalPlan(Plan):
             visible=visible,
             timestep=self.timestep,
             blocks=blocks,
-            settles_below=min(self.canvas_end, self.limit),
+            settles_below=min(self.canvas_end, self._answer_end),
             attention=FULL if is_within_block else Attention("block_causal", 0, self.block_length),
             caches=True,
             settles=self._when_settled(stage),
