@@ -32,7 +32,7 @@ def engine_defaults(vllm_config: "VllmConfig") -> DiffusionParams:
     family = family_of(model.architecture)
     base = family.defaults
     if family.attention == "block_causal":
-        base = replace(base, strategy=BLOCK, block_length=model.hf_config.block_length)
+        base = replace(base, strategy=BLOCK, block_length=model.hf_config.block_length, confidence="tempered")
     defaults = parse_engine_defaults(engine_settings(vllm_config.additional_config), base)
     check_token_ids(defaults, model.get_vocab_size(), label='--additional-config {"diffusion": ...} ')
     return defaults

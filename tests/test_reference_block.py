@@ -165,6 +165,36 @@ def test_threshold_and_quota_are_the_published_rule():
         assert positions(generate(model, [0] * 4, 4, **settings)) == expected
 
 
+def test_a_factor_takes_ranks_from_the_best_until_one_fails():
+    rows = [sure_of(t, p) for t, p in ((0, 0.9), (1, 0.5), (2, 0.95), (0, 0.86))]
+    generation = generate(Table(*rows, prompt_length=4), [0] * 4, 4, block_length=B, factor=0.6)
+    assert positions(generation) == [[0, 2, 3], [1]]  # 0.9 >= 1 - 0.6 / 3, 0.86 >= 1 - 0.6 / 4, 0.5 < 1 - 0.6 / 5
+
+
+def test_random_takes_the_highest_numbers_of_the_pass():
+    uniforms = lambda step, at: (at * 7 + step * 3) % 5 / 5  # noqa: E731
+    generation = generate(Table(*SIX), PROMPT, 6, block_length=B, remasking="random", uniforms=uniforms)
+    # 4 and 1 fifths at 2 and 3; then 3, 0, 2, 4 at 4 to 7, and 1, 3, 0 at 4 to 6, and 4, 3 at 4 and 6
+    assert positions(generation) == [[0], [1], [5], [3], [2], [4]]
+
+
+def test_parts_of_a_block_are_decoded_one_after_the_other():
+    """Each with quotas of its own; passes are counted through."""
+    model, asked = Table(*SIX), []
+    uniforms = lambda step, at: asked.append(step) or -at.double()  # noqa: E731
+    settings = {"sub_block_length": 2, "remasking": "random", "uniforms": uniforms}
+    generation = generate(model, PROMPT, 6, block_length=B, steps_per_block=1, **settings)
+    assert positions(generation) == [[0, 1], [2, 3], [4, 5]] and asked == [0, 0, 1]
+    assert positions(generate(Table(*SIX), PROMPT, 6, block_length=B, sub_block_length=3)) == [
+        [0],
+        [1],
+        [4],
+        [2],
+        [3],
+        [5],
+    ]
+
+
 def test_sequential_goes_from_left_to_right():
     model = Table(*SIX, prompt_length=4)
     settings = {"block_length": B, "steps_per_block": 3, "remasking": "sequential"}
@@ -405,11 +435,13 @@ def test_an_editing_pass_draws_for_every_position_it_may_write():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"remasking": "random"}, "low_confidence, entropy or sequential, not 'random'"),
+        ({"remasking": "origin"}, "low_confidence, entropy, sequential or random, not 'origin'"),
         ({"confidence": "raw"}, "tempered, filtered, plain, not 'raw'"),
         ({"remasking": "sequential", "threshold": 0.5}, "sequential has none"),
         ({"entropy_bound": 0.5}, "set remasking to entropy"),
         ({"alg_temp": 0.5, "threshold": 0.5}, "leave out"),
+        ({"alg_temp": 0.5, "factor": 0.5}, "leave out"),
+        ({"remasking": "entropy", "factor": 0.5}, "entropy has none"),
         ({"template": [HOLE]}, "1, not 2"),
     ],
 )

@@ -50,13 +50,27 @@ class BlockCausalPlan(Plan):
         return min(position // self.block_length * self.block_length + self.block_length, self.longest)
 
     @property
+    def next_canvas_length(self) -> int:
+        return self._edge_behind(self.canvas_end + super().next_canvas_length - 1) - self.canvas_end
+
+    @property
+    def most_emitted(self) -> int:
+        return min(len(self.params.template) or self.block_length, self.limit - self.prompt_length)
+
+    @property
     def reserved_length(self) -> int:
-        return self._edge_behind(self.emitted)
+        template = self.params.template[self.emitted - self.prompt_length :]
+        num_pinned = template.index(HOLE) if HOLE in template else 0  # no window ends in a block that is pinned
+        return self._edge_behind(self.emitted + num_pinned)
+
+    @property
+    def _answer_end(self) -> int:
+        """Behind it nothing is emitted, though its block is denoised to the end."""
+        return min(self.limit, self.prompt_length + len(self.params.template)) if self.params.template else self.limit
 
     def _begin_canvas(self) -> None:
         # what was emitted before a preemption is not denoised again, but for the block that was open
         self.canvas_start = max(self.canvas_start, self.emitted // self.block_length * self.block_length)
-        self.canvas_end = self._edge_behind(self.canvas_end - 1)
         self._holes = [self.canvas_start + i for i, token in enumerate(self.canvas_ids) if token == HOLE]
         self._begin_block(self.canvas_start)
 
@@ -92,6 +106,9 @@ class BlockCausalPlan(Plan):
         self.timestep += num_passes * (not stage.is_first_token)
         self._stage_timestep += num_passes
         self._stages[0] = stage._replace(num_masked=num_masked[0])
+        if self.emitted >= self._answer_end:
+            self._stages = []
+            return
         if num_masked[0]:
             return
         if self.params.edit_threshold is not None:
@@ -125,11 +142,16 @@ class BlockCausalPlan(Plan):
         if not self._stages:
             return None
         stage, params = self._stages[0], self.params
-        start, end = self.num_cached, self._start if stage.is_first_token else self._end
+        start, end = self.num_cached, self._end
+        if stage.is_first_token:
+            start, end = min(start, self._start - 1), self._start  # the row before it is forwarded whatever is cached
         visible = end
         blocks: tuple[ActiveBlock, ...] = ()
-        if end - start > self.most_tokens:
-            visible = end = (start + self.most_tokens) // self.block_length * self.block_length
+        # a block is never cut, since its positions see each other; a window of one runs alone where it is too large
+        chunk_end = (start + self.most_tokens) // self.block_length * self.block_length
+        chunk_end = min(max(chunk_end, self._edge_behind(start)), self._start)
+        if end - start > self.most_tokens and start < chunk_end < end:
+            visible = end = chunk_end
         else:
             # keys and values of the other sub-blocks are then those of the last pass over all of the block
             if params.cache == "dual" and self._is_forwarded and self.emitted > stage.start:
@@ -142,7 +164,7 @@ class BlockCausalPlan(Plan):
             visible=visible,
             timestep=self.timestep,
             blocks=blocks,
-            settles_below=min(self.canvas_end, self.limit),
+            settles_below=min(self.canvas_end, self._answer_end),
             attention=FULL if is_within_block else Attention("block_causal", 0, self.block_length),
             caches=True,
             settles=self._when_settled(stage),

@@ -58,6 +58,11 @@ class Plan(ABC):
         return min(len(self.params.template) or self.params.canvas_length, self.limit - self.canvas_end)
 
     @property
+    def most_emitted(self) -> int:
+        """Tokens that a step can bring, before the first one."""
+        return self.next_canvas_length
+
+    @property
     def canvas_ids(self) -> list[int]:
         """The canvas as it is laid out: a pinned token or a hole for each position."""
         pinned = list(self.params.template[self.canvas_start - self.prompt_length :])

@@ -101,7 +101,7 @@ class DiffusionScheduler(Scheduler):
                 )
             self.denoising[request.request_id] = denoising
             request.skip_reading_prefix_cache |= not denoising.shares_pages
-            request.spec_decode_metrics = RequestSpecDecodeMetrics.new(denoising.plan.next_canvas_length)
+            request.spec_decode_metrics = RequestSpecDecodeMetrics.new(denoising.plan.most_emitted)
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:

@@ -34,8 +34,8 @@ class Progress:
                 first_new = request.emitted - batch.emitted_before[i]
                 new = report.tokens[i][first_new : first_new + num_new]
                 self.tokens[i] += new
-                ended = ended or not request.canvas.ends_at.isdisjoint(new)
                 request.emitted += num_new
+                ended = ended or request.emitted == window.settles_below or not request.canvas.ends_at.isdisjoint(new)
             self.num_emitted[i].append(num_new)
         if self.layout.needs.pipelined:
             taken = zip(self.layout.request_ids, report.eos_is_taken, strict=True)

@@ -39,8 +39,9 @@ import torch
 from torch import Tensor
 
 from .block_models import BlockModel, block_causal
-from .decoding import Commit, Generation, PositionGumbel, TokenGumbel, choose, most_confident, truncate_at_eos
+from .decoding import Commit, Generation, PositionGumbel, TokenGumbel, Uniforms, choose, most_confident, truncate_at_eos
 from .dream import top_k_filter, top_p_filter
+from .fast_dllm import admitted
 from .llada import transfer_counts
 
 HOLE = -1  # in a template: to be decoded
@@ -111,6 +112,7 @@ def generate(
     steps_per_block: int | None = None,
     remasking: str = "low_confidence",
     threshold: float | None = None,
+    factor: float | None = None,
     entropy_bound: float | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -119,6 +121,8 @@ def generate(
     alg_temp: float | None = None,
     gumbel: TokenGumbel | None = None,
     position_gumbel: PositionGumbel | None = None,
+    uniforms: Uniforms | None = None,
+    sub_block_length: int | None = None,
     stop_ids: Collection[int] = (),
     template: Sequence[int] | None = None,
     edit_threshold: float | None = None,
@@ -129,21 +133,24 @@ def generate(
 
     Pass t of a block unmasks the best positions, the t-th quota of steps_per_block (None: one a pass), by `remasking`:
     "low_confidence" takes the highest `confidence` of the chosen token (see `sample`), "entropy" the lowest entropy in
-    nats of softmax(logits / temperature), "sequential" the leftmost. A `threshold` adds every confidence above it, an
-    `entropy_bound` as many of the lowest entropies as have a sum below it. An `alg_temp` takes `position_gumbel` and
-    orders by confidence / alg_temp + noise. A temperature takes `gumbel`. A template pins tokens; HOLE is one to decode.
+    nats of softmax(logits / temperature), "sequential" the leftmost, "random" the highest of `uniforms`. A `threshold`
+    adds every confidence above it, a `factor` as many as `fast_dllm.admitted` says, an `entropy_bound` as many of the
+    lowest entropies as have a sum below it. An `alg_temp` takes `position_gumbel` and orders by confidence / alg_temp +
+    noise. A temperature takes `gumbel`. A template pins tokens; HOLE is one to decode. With a sub_block_length a block
+    is decoded part by part, each with steps_per_block passes of its own.
 
     An `edit_threshold` replaces tokens of the block that were neither given nor masked before the pass, where another
     has a probability above it. A block is then final after a pass that had no mask to decide and changed nothing, or
     after max_post_steps passes without a mask.
     """
-    check(model, remasking, threshold, entropy_bound, alg_temp, confidence)
+    check(model, remasking, threshold, factor, entropy_bound, alg_temp, confidence)
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "confidence": confidence}
     end = len(prompt_ids) + max_tokens
     if not shorten_last_block:
         end = -(-end // block_length) * block_length
     text = Text(prompt_ids, max_tokens, end, model.mask_token_id, stop_ids, template)
-    quotas = transfer_counts(block_length, steps_per_block or block_length)
+    length = sub_block_length or block_length
+    quotas = transfer_counts(length, steps_per_block or length)
     editing = edit_threshold is not None
 
     for start in range(len(prompt_ids) // block_length * block_length, end, block_length):
@@ -153,61 +160,72 @@ def generate(
         if text.given[block].all():  # nothing in it can change
             continue
         post_steps = 0
-        for step in count():
-            any_masked = bool(text.masked[block].any())
-            if editing:
-                post_steps += not any_masked
-                if post_steps > max_post_steps:
+        passes = count()
+        for first in range(block.start, block.stop, length):
+            part = slice(first, min(first + length, block.stop))
+            for part_step in count():
+                any_masked = bool(text.masked[part].any())
+                if editing:
+                    post_steps += not any_masked
+                    if post_steps > max_post_steps:
+                        break
+                elif not any_masked or text.finished:
                     break
-            elif not any_masked or text.finished:
-                break
 
-            rows = start + (~text.given if editing else text.masked)[block].nonzero()[:, 0]
-            logits = model.logits(text.ids[: block.stop], block_causal(block.stop, block_length))[rows]
-            noise = gumbel(step, rows) if temperature > 0 else None
-            probability, entropy, chosen = sample(logits, model.mask_token_id, noise=noise, **settings)
+                step = next(passes)
+                rows = first + (~text.given if editing else text.masked)[part].nonzero()[:, 0]
+                logits = model.logits(text.ids[: block.stop], block_causal(block.stop, block_length))[rows]
+                noise = gumbel(step, rows) if temperature > 0 else None
+                probability, entropy, chosen = sample(logits, model.mask_token_id, noise=noise, **settings)
 
-            masked = text.masked[rows]
-            candidates = rows[masked]
-            score = {
-                "low_confidence": probability[masked],
-                "entropy": -entropy[masked],
-                "sequential": -candidates.double(),
-            }[remasking]
-            if alg_temp:
-                score = score.double() / alg_temp + position_gumbel(step, candidates)
-            # The union of the quota's best and of all that pass is a number of the best: whichever of the two is larger.
-            # With a threshold that is the published "all above it if they fill the quota, else the quota's best".
-            number = max(1, quotas[step] if step < len(quotas) else 0)
-            if threshold is not None:
-                number = max(number, int((score > threshold).sum()))
-            if entropy_bound is not None:
-                number = max(number, int((entropy[masked].sort().values.cumsum(0) < entropy_bound).sum()))
-            unmasked = masked.nonzero()[:, 0][most_confident(score, number)]
+                masked = text.masked[rows]
+                candidates = rows[masked]
+                if remasking == "random":
+                    score = uniforms(step, candidates)
+                else:
+                    score = {
+                        "low_confidence": probability[masked],
+                        "entropy": -entropy[masked],
+                        "sequential": -candidates.double(),
+                    }[remasking]
+                if alg_temp:
+                    score = score.double() / alg_temp + position_gumbel(step, candidates)
+                # The union of the quota's best and of all that pass is a number of the best: whichever of the two is
+                # larger. With a threshold that is the published "all above it if they fill the quota, else its best".
+                number = max(1, quotas[part_step] if part_step < len(quotas) else 0)
+                if threshold is not None:
+                    number = max(number, int((score > threshold).sum()))
+                if factor is not None and len(score):
+                    number = max(number, admitted(score, factor))
+                if entropy_bound is not None:
+                    number = max(number, int((entropy[masked].sort().values.cumsum(0) < entropy_bound).sum()))
+                unmasked = masked.nonzero()[:, 0][most_confident(score, number)]
 
-            edited = torch.zeros(0, dtype=torch.long)
-            if editing:
-                edited = (~masked & (probability > edit_threshold) & (chosen != text.ids[rows])).nonzero()[:, 0]
-            changed = torch.cat([unmasked, edited])
-            text.commit(rows[changed], chosen[changed])
-            if not any_masked and len(edited) == 0:
-                break
+                edited = torch.zeros(0, dtype=torch.long)
+                if editing:
+                    edited = (~masked & (probability > edit_threshold) & (chosen != text.ids[rows])).nonzero()[:, 0]
+                changed = torch.cat([unmasked, edited])
+                text.commit(rows[changed], chosen[changed])
+                if not any_masked and len(edited) == 0:
+                    break
     return text.result()
 
 
-def check(model, remasking, threshold, entropy_bound, alg_temp, confidence) -> None:
+def check(model, remasking, threshold, factor, entropy_bound, alg_temp, confidence) -> None:
     if model.shift:
         raise ValueError("a model with a shift begins each block with a token of its own; use generate_fast_dllm_v2")
-    if remasking not in ("low_confidence", "entropy", "sequential"):
-        raise ValueError(f"remasking is low_confidence, entropy or sequential, not {remasking!r}")
+    if remasking not in ("low_confidence", "entropy", "sequential", "random"):
+        raise ValueError(f"remasking is low_confidence, entropy, sequential or random, not {remasking!r}")
     if confidence not in CONFIDENCES:
         raise ValueError(f"confidence is one of {', '.join(CONFIDENCES)}, not {confidence!r}")
-    if threshold is not None and remasking != "low_confidence":
-        raise ValueError(f"a threshold is compared with probabilities; {remasking} has none: leave it out")
+    if (threshold, factor) != (None, None) and remasking != "low_confidence":
+        raise ValueError(f"a threshold or factor is compared with probabilities; {remasking} has none: leave it out")
     if entropy_bound is not None and remasking != "entropy":
         raise ValueError(f"an entropy_bound takes the lowest entropies; set remasking to entropy, not {remasking!r}")
-    if alg_temp and (remasking == "sequential" or threshold is not None or entropy_bound is not None):
-        raise ValueError("alg_temp draws the order of positions; leave out sequential, threshold and entropy_bound")
+    if alg_temp and (remasking == "sequential" or (threshold, factor, entropy_bound) != (None, None, None)):
+        raise ValueError(
+            "alg_temp draws the order of positions; leave out sequential, threshold, factor and entropy_bound"
+        )
 
 
 CONFIDENCES = ("tempered", "filtered", "plain")

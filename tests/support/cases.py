@@ -252,10 +252,13 @@ def turn_end(checkpoint: str) -> int | None:
     return vocabulary.get(names[reference(checkpoint).config["model_type"]])
 
 
-def difference(case: ReferenceCase, output: RequestOutput) -> str:
-    """Empty where the engine's output is the reference's: tokens and number of forward passes; otherwise both."""
+def difference(case: ReferenceCase, output: RequestOutput, more: int = 0) -> str:
+    """Empty where the engine's output is the reference's: tokens and number of forward passes; otherwise both.
+
+    ``more``: passes that the engine runs and the reference does not.
+    """
     want, got = expected(case), list(output.outputs[0].token_ids)
-    if got == want.tokens and num_forwards(output) == want.num_forwards:
+    if got == want.tokens and num_forwards(output) == want.num_forwards + more:
         return ""
     first = next((i for i, pair in enumerate(zip(got, want.tokens, strict=False)) if pair[0] != pair[1]), None)
     return (

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from reference import checkpoints
+from reference import block_checkpoints, block_models, checkpoints
 from reference import model as reference_model
 
 from dllm_plugin.checkpoints import path as bundled_path
@@ -29,6 +29,12 @@ RANDOM_WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llada-loud": ("llada", {"seed": 4, "loud": {MASK: 3.0, EOS: 2.5, TURN_END: 2.0}}),
     "dream-loud": ("dream", {"seed": 4, "loud": {MASK: 3.0, EOS: 2.5, TURN_END: 2.0}}),
 }
+BLOCK_WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sdar": ("sdar", {"seed": 3}),
+    "sdar-b8": ("sdar", {"seed": 5, "block_size": 8}),
+    "sdar-loud": ("sdar", {"seed": 4, "loud": {MASK: 3.0, EOS: 2.5}}),
+    "sdar-tied": ("sdar", {"seed": 7, "tie_word_embeddings": True, "num_key_value_heads": 1, "vocab_size": 327}),
+}
 
 
 def temporary_folder(name: str) -> Path:
@@ -38,18 +44,18 @@ def temporary_folder(name: str) -> Path:
 
 @functools.cache
 def folder(checkpoint: str | Path) -> Path:
-    """The folder of a checkpoint by its name, which is one of RANDOM_WEIGHTS or a bundled one; a folder is itself."""
+    """The folder of a checkpoint by its name, which is one of those above or a bundled one; a folder is itself."""
     if isinstance(checkpoint, Path):
         return checkpoint
-    if checkpoint not in RANDOM_WEIGHTS:
+    if checkpoint not in RANDOM_WEIGHTS | BLOCK_WEIGHTS:
         return bundled_path(checkpoint)
-    family, settings = RANDOM_WEIGHTS[checkpoint]
+    family, settings = (RANDOM_WEIGHTS | BLOCK_WEIGHTS)[checkpoint]
     return write_checkpoint(family, checkpoint, **settings)
 
 
 def write_checkpoint(family: str, name: str, **settings: Any) -> Path:
     """A random-weight checkpoint whose config names the end of turn, because it has no tokenizer that would."""
-    written = checkpoints.WRITERS[family](Path(_folder.name) / name, **settings)
+    written = (checkpoints.WRITERS | block_checkpoints.WRITERS)[family](Path(_folder.name) / name, **settings)
     edit_config(written, eot_token_id=TURN_END)
     return written
 
@@ -64,3 +70,8 @@ def edit_config(checkpoint: Path, *, remove: Iterable[str] = (), **changes: Any)
 @functools.cache
 def reference(checkpoint: str) -> reference_model.ReferenceModel:
     return reference_model.load(folder(checkpoint))
+
+
+@functools.cache
+def block_reference(checkpoint: str) -> block_models.BlockModel:
+    return block_models.load(folder(checkpoint))
