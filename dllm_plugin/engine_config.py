@@ -1,7 +1,7 @@
 """What vLLM's configuration must be for a diffusion language model: set where unset, refused where it does not fit."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import ModelConfig
@@ -10,7 +10,6 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from dllm_plugin.admission import UNSUPPORTED, DiffusionAdmission, admission_for
 from dllm_plugin.families import family_of
-from dllm_plugin.models.configs import DiffusionConfig, config_class
 from dllm_plugin.params import BLOCK, DiffusionParams, check_token_ids, engine_settings, parse_engine_defaults
 from dllm_plugin.plugin import TOKENIZER_MODE
 from dllm_plugin.settings import EngineSettings, model_config_of
@@ -56,7 +55,7 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         """Runs before vLLM puts its own values for what the user left open."""
         model_config.__class__ = DiffusionModelConfig
-        own = config_class(model_config.architecture)
+        own = family_of(model_config.architecture).config_class
         if type(model_config.hf_config) is not own:
             model_config.hf_config = model_config.hf_text_config = read_again(model_config, own)
             model_config.model_arch_config = model_config.get_model_arch_config()
@@ -82,19 +81,19 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
         select_components(vllm_config)
 
 
-def read_again(model: ModelConfig, own: type[DiffusionConfig]) -> DiffusionConfig:
-    """The family's own config, where the architecture did not choose it.
+def read_again(model: ModelConfig, own: Any) -> Any:
+    """The family's own config, where it was not the architecture that chose one.
 
     Stable-DiffCoder's ``model_type`` is Llama's, of which transformers has a class; and an override may name another
     architecture than config.json.
     """
     path = model.hf_config_path or model.model
     values, _ = own.get_config_dict(path, revision=model.revision, token=model.hf_token)
-    overrides = model.hf_overrides
-    config = own(**values | (overrides if isinstance(overrides, dict) else {}))
     if (quantization := getattr(model.hf_config, "quantization_config", None)) is not None:
-        config.quantization_config = quantization  # vLLM finds it in files of other names, too
-    return cast(DiffusionConfig, overrides(config)) if callable(overrides) else config
+        values["quantization_config"] = quantization  # vLLM finds it in files of other names, too
+    if callable(model.hf_overrides):
+        return model.hf_overrides(own(**values))
+    return own(**values | model.hf_overrides)
 
 
 def refuse_what_does_not_fit(vllm_config: "VllmConfig") -> None:

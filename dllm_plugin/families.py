@@ -1,7 +1,8 @@
 """What is known of a model family beyond its config.json, one record each. Standard library only."""
 
+import pkgutil
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from dllm_plugin.params import DiffusionParams
 
@@ -31,6 +32,10 @@ class Family:
     mask_token_id: int | None = None
     eos_token_id: int | None = None
     block_length: int | None = None
+
+    @property
+    def config_class(self) -> Any:
+        return pkgutil.resolve_name(self.config)
 
     @property
     def prefix_stands_alone(self) -> bool:

@@ -1,7 +1,5 @@
 """What ``register`` does, once its process imports vLLM: configs, architectures, tokenizer, renderer, config hook."""
 
-import pkgutil
-
 from dllm_plugin.compat import check_vllm_version
 
 TOKENIZER_MODE = "dllm_plugin"  # by which vLLM finds the renderer, and a tokenizer that goes with it
@@ -26,8 +24,7 @@ def register_all() -> None:
         TokenizerRegistry.register(TOKENIZER_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
         RENDERER_REGISTRY.register(TOKENIZER_MODE, "dllm_plugin.renderer", "DiffusionRenderer")
     for family in FAMILIES:
-        config = pkgutil.resolve_name(family.config)
-        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoConfig.register(family.config_class.model_type, family.config_class, exist_ok=True)
         for architecture in family.architectures:
             # a string: vLLM imports the class only in the process that runs the model
             if architecture not in ModelRegistry.get_supported_archs():

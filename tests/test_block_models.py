@@ -15,7 +15,6 @@ from transformers import AutoConfig, LlamaConfig
 from dllm_plugin.attention import WindowBatch
 from dllm_plugin.families import ARCHITECTURES, FAMILIES
 from dllm_plugin.kernels.window_attention import PagedWindows, Windows
-from dllm_plugin.models.configs import config_class
 
 # name: (writer, its options)
 CHECKPOINTS: dict[str, tuple[str, dict]] = {
@@ -167,6 +166,10 @@ def test_weights_are_reloaded_from_another_folder():
 KEPT: list = []  # closing an engine takes vLLM's process groups from the others
 
 
+def config_class(writer):
+    return ARCHITECTURES[ARCHITECTURE[writer]].config_class
+
+
 def written(writer, name, **options):
     return block_checkpoints.WRITERS[writer](temporary_folder(f"block-{name}"), **{"seed": 3} | options)
 
@@ -188,7 +191,7 @@ def test_config_of_the_architecture(writer):
     config = engine(writer).llm_engine.model_config
     family = ARCHITECTURES[ARCHITECTURE[writer]]
     assert config.architecture == ARCHITECTURE[writer] and config.diffusion.family is family
-    assert type(config.hf_config) is type(config.hf_text_config) is config_class(config.architecture)
+    assert type(config.hf_config) is type(config.hf_text_config) is family.config_class
     assert type(model_runner(engine(writer)).model).__name__ == family.adapter.rpartition(":")[2]
     plain = reference(writer)
     assert (config.hf_config.mask_token_id, config.hf_config.eos_token_id) == (plain.mask_token_id, plain.eos_token_id)
@@ -231,7 +234,7 @@ def test_what_config_json_leaves_out(writer):
     path, expected = written(writer, f"left-out-{writer}", num_hidden_layers=1), LEFT_OUT[writer]
     keys = ["mask_token_id", "block_size", "bd_size"] + ["eos_token_id", "pad_token_id"] * (expected[1] != 320)
     edit_config(path, remove=keys)
-    config = config_class(ARCHITECTURE[writer]).from_pretrained(path)
+    config = config_class(writer).from_pretrained(path)
     assert (config.mask_token_id, config.eos_token_id, getattr(config, "block_length", None)) == expected
 
 
@@ -242,13 +245,13 @@ def test_the_padding_is_llada2s_eos():
 
 @pytest.mark.parametrize("writer", block_checkpoints.WRITERS)
 def test_structural_keys_are_required(writer):
-    required = config_class(ARCHITECTURE[writer]).required_keys
+    required = config_class(writer).required_keys
     assert {"hidden_size", "rope_theta", "rms_norm_eps", "tie_word_embeddings"} <= set(required)
     for key in required:
         path = written(writer, f"key-{writer}", num_hidden_layers=1)
         edit_config(path, remove=[key])
         with pytest.raises(ValueError, match=f"lacks {key};"):
-            config_class(ARCHITECTURE[writer]).from_pretrained(path)
+            config_class(writer).from_pretrained(path)
 
 
 def test_a_missing_key_of_stable_diffcoder_stops_the_start():
@@ -284,7 +287,7 @@ def test_other_structures_are_refused(writer, change):
     edit_config(path, **change)
     ((key, value),) = change.items()
     with pytest.raises(ValueError) as error:
-        config_class(ARCHITECTURE[writer]).from_pretrained(path)
+        config_class(writer).from_pretrained(path)
     assert f"the config has {key}={value!r}" in str(error.value)
 
 
@@ -305,7 +308,7 @@ WRONG_VALUES = [
 def test_wrong_values_are_refused(writer, change, message):
     path = written(writer, f"value-{writer}")
     edit_config(path, **change)
-    config = config_class(ARCHITECTURE[writer]).from_pretrained(path)
+    config = config_class(writer).from_pretrained(path)
     with pytest.raises(ValueError) as error:
         config.check()
     assert message in str(error.value)
@@ -313,7 +316,7 @@ def test_wrong_values_are_refused(writer, change, message):
 
 @pytest.mark.parametrize("writer", block_checkpoints.WRITERS)
 def test_written_configs_pass(writer):
-    config_class(ARCHITECTURE[writer]).from_pretrained(folder(writer)).check()
+    config_class(writer).from_pretrained(folder(writer)).check()
 
 
 # ---- tensors

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import checkpoints, d2f, fast_dllm, llada, model
+from reference import block_checkpoints, checkpoints, d2f, fast_dllm, llada, model
 from safetensors.torch import load_file, save_file
 from support.engines import engine
 from vllm import SamplingParams
@@ -16,6 +16,8 @@ RANK, ALPHA = 8, 16
 TARGETS = {
     "llada": ("q_proj", "k_proj", "v_proj", "attn_out", "ff_out"),
     "dream": ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"),
+    "sdar": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"),
+    "llada2": ("query_key_value", "dense"),  # experts have none
 }
 PROMPTS = [[11, 12, 13], [20, 21], [30] * 5, [40, 41, 42, 43], [50], [51, 9]]
 ADAPTERS = [0, 1, 2, 1, 0, 2]  # 0: none
@@ -94,6 +96,26 @@ def test_adapters_equal_merged_weights(tmp_path_factory, family):
 
     llm.collective_rpc("reload_weights")
     assert generate({"remasking": "low_confidence", "block_length": 8}) == expected
+
+
+@pytest.mark.parametrize("family", ["sdar", "llada2"])
+def test_adapters_of_block_diffusion_equal_merged_weights(tmp_path_factory, family):
+    """Stacked projections by their shards (SDAR), and one that the checkpoint itself has fused (LLaDA2)."""
+    root = tmp_path_factory.mktemp(family)
+    base = block_checkpoints.WRITERS[family](root / "base", seed=3)
+    merged = [base] + [write_adapter(family, base, root / f"adapter-{seed}", seed) for seed in (1, 2)]
+    params = greedy(16)
+
+    def generate(llm, prompts, requests):
+        prompts = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=requests)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    llm = engine(base, skip_tokenizer_init=True, enable_lora=True, max_loras=2, max_lora_rank=RANK)
+    got = generate(llm, PROMPTS, [LoRARequest(f"a{i}", i, str(root / f"adapter-{i}")) if i else None for i in ADAPTERS])
+    of_model = [generate(engine(path), PROMPTS, None) for path in merged]
+    assert got == [of_model[adapter][n] for n, adapter in enumerate(ADAPTERS)]
+    assert all((got[n] == of_model[0][n]) == (adapter == 0) for n, adapter in enumerate(ADAPTERS))
 
 
 def greedy(max_tokens, **extras):

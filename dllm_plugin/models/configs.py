@@ -5,16 +5,11 @@ never a default: the defaults of the published classes are those of other models
 another model without a word.
 """
 
-import pkgutil
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
 from dllm_plugin.families import ARCHITECTURES, FAMILIES
-
-
-def config_class(architecture: str) -> "type[DiffusionConfig]":
-    return pkgutil.resolve_name(ARCHITECTURES[architecture].config)
 
 
 class DiffusionConfig(PretrainedConfig):
@@ -62,7 +57,7 @@ class DiffusionConfig(PretrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The config of the family that config.json names as its architecture: families share a ``model_type``."""
         architecture = (config_dict.get("architectures") or [""])[0]
-        own = config_class(architecture) if architecture in ARCHITECTURES else cls
+        own: type[DiffusionConfig] = ARCHITECTURES[architecture].config_class if architecture in ARCHITECTURES else cls
         return super(DiffusionConfig, own).from_dict(config_dict, **kwargs)
 
     @property
