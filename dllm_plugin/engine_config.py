@@ -47,6 +47,16 @@ class DiffusionModelConfig(ModelConfig):
     def is_prefix_caching_supported(self) -> bool:
         return family_of(self.architecture).prefix_stands_alone
 
+    def try_get_generation_config(self) -> dict[str, Any]:
+        """That of the checkpoint. Under block-causal attention the end of turn ends an answer whether it says so or not."""
+        config = super().try_get_generation_config()
+        turn_end = self.diffusion.turn_end_token_id if hasattr(self, "diffusion") else -1
+        if self.generation_config == "vllm" or turn_end < 0 or not family_of(self.architecture).prefix_stands_alone:
+            return config
+        ends = config.get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        return config | {"eos_token_id": [*ends, *({turn_end} - {*ends})]}
+
 
 class DiffusionEngineConfig(VerifyAndUpdateConfig):
     """Hooks of vLLM's MODELS_CONFIG_MAP, which run for our architectures before worker and scheduler are chosen."""

@@ -375,7 +375,8 @@ def write_llada2(folder: Path) -> None:
         "auto_map": {"AutoConfig": "configuration_llada2_moe.LLaDA2MoeConfig",
                      "AutoModel": "modeling_llada2_moe.LLaDA2MoeModel",
                      "AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM"},
-        "block_size": LLADA2.block_length,  # the real models' length, 32, is in their code only
+        # of the real models, with a vocabulary of 157,184, these three are in the code only
+        "block_size": LLADA2.block_length, "eos_token_id": eos, "mask_token_id": LLADA2.token_id(LLADA2.mask),
         "dtype": "bfloat16", "embedding_dropout": 0.0, "first_k_dense_replace": 1, "head_dim": LLADA2.head_dim,
         "hidden_act": "silu", "hidden_size": LLADA2.width, "initializer_range": 0.02,
         "intermediate_size": LLADA2.mlp_width, "max_position_embeddings": MAX_LENGTH,
