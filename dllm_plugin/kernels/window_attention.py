@@ -19,6 +19,7 @@ Key j of a request lies in page `block_table[request, j // page_size]` at offset
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby, pairwise
 
 import torch
@@ -37,6 +38,7 @@ except ImportError:  # no Triton, or one without Gluon
 
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 _PER_REQUEST = ("window_start", "visible", "prefix_len", "block_length")
+_TILE = 64  # queries of blocks that are computed together
 _GATHER_BYTES = 1 << 20  # keys and values gathered at a time: they stay in the cache until they are used
 
 
@@ -180,8 +182,8 @@ def window_attention_cpu(
         )
         own = slice(begin, begin + count * length)
         queries, outputs = (tensor[own].unflatten(0, (count, length)) for tensor in (query, out))
-        for low, high, limit in _runs_of_equal_limit(start, length, seen, prefix, block):
-            outputs[:, low:high] = _attend(queries[:, low:high], key[:, :limit], value[:, :limit], scale)
+        for low, high, limit, hidden in _tiles(start, length, seen, prefix, block, query.dtype):
+            outputs[:, low:high] = _attend(queries[:, low:high], key[:, :limit], value[:, :limit], scale, hidden)
         first = last
     return out
 
@@ -216,27 +218,43 @@ def full_attention_cpu(
     return out
 
 
-def _runs_of_equal_limit(start: int, length: int, visible: int, prefix: int, block: int) -> list[tuple[int, int, int]]:
-    """(first query, last query + 1, limit) for each run of queries that see the same keys."""
-    if block == 0:
-        return [(0, length, visible)]
-    runs, low = [], 0
-    while low < length:
-        position = start + low
-        limit = prefix if position < prefix else prefix + ((position - prefix) // block + 1) * block
-        high = min(limit - start, length)
-        runs.append((low, high, min(limit, visible)))
-        low = high
-    return runs
+@lru_cache(maxsize=256)
+def _tiles(
+    start: int, length: int, visible: int, prefix: int, block: int, dtype: torch.dtype
+) -> list[tuple[int, int, int, Tensor | None]]:
+    """(first query, last query + 1, keys, what is added to the scores) of queries that are computed by one call.
+
+    Queries of one limit need no mask. Short blocks go together, up to _TILE queries: a call costs as much as their scores.
+    It is the same in every layer, and so kept.
+    """
+    position = torch.arange(start, start + length)
+    limit = torch.full_like(position, visible)
+    if block:
+        limit = prefix + ((position - prefix).div(block, rounding_mode="floor") + 1) * block
+        limit = torch.where(position < prefix, prefix, limit).clamp_(max=visible)
+    ends = [*((limit.diff() != 0).nonzero().view(-1) + 1).tolist(), length]
+    tiles: list[tuple[int, int, int, Tensor | None]] = []
+    low = 0
+    for end, following in pairwise([*ends, 0]):
+        if 0 < following - low <= _TILE:
+            continue  # the next block has room in this tile
+        keys = int(limit[end - 1])
+        mask = None
+        if int(limit[low]) < keys:
+            hidden = torch.arange(keys) >= limit[low:end, None]
+            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+        tiles.append((low, end, keys, mask))
+        low = end
+    return tiles
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Unmasked attention of [n, tokens, heads, head_size] tensors."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Attention of [n, tokens, heads, head_size] tensors; ``mask`` [tokens, keys] is added to the scores."""
     if key.shape[1] == 0:
         return torch.zeros_like(query)
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     grouped = key.shape[2] != query.shape[2]
-    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
 
 
 def _check_heads(query: Tensor, key: Tensor, value: Tensor, query_start_loc: Tensor, out: Tensor | None) -> Tensor:
