@@ -42,6 +42,41 @@ def test_like_dream(temperature, top_p, top_k):
         assert torch.equal(got[r], dream(logits[r], temperature, top_p, top_k))
 
 
+def sdar(logits, temperature, top_k, top_p):
+    """sample_with_temperature_topk_topp of JetAstra/SDAR:generate.py for one row: top-k, then top-p of what it leaves."""
+    if temperature > 0:
+        logits = logits / temperature
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, len(logits))).values[-1], float("-inf"))
+    if top_p < 1:
+        values, order = torch.sort(logits, descending=True)
+        remove = torch.cumsum(values.softmax(-1), -1) > top_p
+        remove[1:] = remove[:-1].clone()
+        remove[0] = False
+        logits = logits.masked_fill(torch.zeros_like(remove).scatter(0, order, remove), float("-inf"))
+    return logits
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 5, 500])
+@pytest.mark.parametrize("top_p", [0.0, 0.1, 0.7, 0.999, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 2.0])
+def test_top_k_first_like_sdar_beside_rows_like_dream(temperature, top_p, top_k):
+    logits, row = torch.randn(6, 200) * 3, torch.ones(6)
+    k_first = torch.tensor([True, False] * 3)
+    got = filter_top_k_top_p(logits, row * temperature, torch.full((6,), top_k), row * top_p, k_first=k_first)
+    for r in range(6):
+        want = sdar(logits[r], temperature, top_k, top_p) if k_first[r] else dream(logits[r], temperature, top_p, top_k)
+        assert torch.equal(got[r], want)
+
+
+def test_top_k_first_leaves_less_mass_for_top_p():
+    """0.4, 0.3, 0.2, 0.1: of the best two, 0.57 and 0.43, the first one has more than half; of all it has less."""
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(2, 4)
+    two, half = torch.tensor([2, 2]), torch.tensor([0.5, 0.5])
+    got = filter_top_k_top_p(logits, None, two, half, k_first=torch.tensor([True, False]))
+    assert got.isfinite().sum(1).tolist() == [1, 2]
+
+
 def test_rows_differ_and_input_stays():
     logits = torch.randn(3, 50)
     before = logits.clone()
@@ -73,9 +108,13 @@ def test_blocks_of_rows_change_nothing(monkeypatch, threads):
     top_k, top_p = torch.tensor([0, 1, 5, 5000, 9000, 100, 0]), torch.tensor([0.5, 1.0, 0.9, 0.0, 0.99, 1.0, 1.0])
     arguments = logits, torch.linspace(0, 2, 7), top_k, top_p
     whole = filter_top_k_top_p(*arguments, no_choice=no_choice)
+    k_first = torch.arange(7) % 2 == 0
+    mixed = filter_top_k_top_p(*arguments, k_first=k_first, no_choice=no_choice)
+    assert torch.equal(mixed[~k_first], whole[~k_first])
     for rows in (1, 3):
         monkeypatch.setattr(module, "_SCRATCH_BYTES", rows * 24 * 5000)
         assert torch.equal(filter_top_k_top_p(*arguments, no_choice=no_choice), whole)
+        assert torch.equal(filter_top_k_top_p(*arguments, k_first=k_first, no_choice=no_choice), mixed)
 
 
 @settings(max_examples=100)

@@ -141,6 +141,95 @@ def test_rules(implementation, rule, unmasked):
         assert summary.tolist() == [len(COLUMNS) - len(taken), next((c for c in range(24) if masked[2, c]), 24)]
 
 
+ENTROPIES = [-0.5, -0.25, -2.0, -0.25, -0.125, -4.0]  # in order of rank: 0.125, 0.25, 0.25, 0.5, 2, 4
+BOUNDS = [
+    # id, quota, bound, columns taken
+    ("zero_is_off", 0, 0.0, []),
+    ("negative_is_off", 0, -1.0, []),
+    ("below_the_least", 1, 0.1, [10]),
+    ("none_is_forced", 0, 0.1, []),
+    ("a_sum_that_is_reached_is_not_below", 0, 0.375, [10]),
+    ("ties_by_position", 0, 0.5, [10, 4]),
+    ("a_sum", 0, 0.7, [10, 4, 9]),
+    ("less_than_the_quota", 5, 0.7, [10, 4, 9, 3, 6]),
+    ("more_than_the_quota", 1, 1.2, [10, 4, 9, 3]),
+    ("all", 0, 100.0, COLUMNS),
+]
+
+
+def with_bound(batch, *bounds):
+    batch.arguments["entropy_bound"] = torch.tensor(bounds, dtype=torch.float32)
+    return batch
+
+
+@pytest.mark.parametrize("unmasked", [{}, UNMASKED], ids=["masked_rows", "all_rows"])
+@pytest.mark.parametrize("bound", BOUNDS, ids=lambda bound: bound[0])
+def test_entropy_bounds(implementation, bound, unmasked):
+    _, quota, limit, taken = bound
+    batch = Batch([[(COLUMNS, ENTROPIES, quota, INFINITY, 0)]])
+    if unmasked:
+        batch.list_unmasked([[unmasked]])
+    with_bound(batch, limit).check()
+    _, masked, _ = batch.run()
+    assert sorted(taken) == [column for column in COLUMNS if not masked[2, column]]
+
+
+def test_segments_have_bounds_of_their_own(implementation):
+    """Of two requests, and beside a quota and a threshold, which have none."""
+    request = [(COLUMNS, ENTROPIES, 1, INFINITY, 0), ([11, 12, 13], [-0.5, -0.25, -0.125], 0, INFINITY, 0)]
+    other = [([2, 3], [0.5, 0.9], 0, 0.6, 0), ([5, 6], [-0.5, -0.25], 1, INFINITY, 0)]
+    got = with_bound(Batch([request, other]), 0.7, 0.5, 0.0, 0.0).check()
+    assert got.remaining.tolist() == [3, 1, 1, 1]
+
+
+def test_entropies_are_added_up_in_float64(implementation):
+    """The bound lies between the sum and what float32 makes of it: 2^24 + 1 is no float32."""
+    values = [-1.0, -(2.0**24), -(2.0**24) - 4]
+    batch = with_bound(Batch([[([0, 1, 2], values, 0, INFINITY, 0)]]), 2.0**24 + 2)
+    _, masked, _ = batch.run()
+    assert masked[2, :3].tolist() == [False, False, True]
+    batch = with_bound(Batch([[([0, 1, 2], values, 0, INFINITY, 0)]]), 2.0**24)
+    assert batch.run()[1][2, :3].tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("rows", [63, 64, 65, 200, 700])
+def test_long_segments_with_an_entropy_bound(implementation, rows):
+    """More rows than a tile of the kernel. Eighths, so that sums are exact in any order."""
+    values = (-torch.randint(0, 40, (rows,)) / 8).tolist()
+    columns = sorted(torch.randperm(900)[:rows].tolist())
+    for bound in (rows / 8, rows * 1.5 + 0.0625):
+        with_bound(Batch([[(columns, values, 2, INFINITY, 0)]] * 2, canvas=900), bound, 3.0).check()
+
+
+@pytest.mark.parametrize("skip_unmasked", [False, True])
+@given(st.data())
+def test_entropy_bounds_agree_with_the_rule(skip_unmasked, data):
+    value = st.sampled_from([0.0, -0.0, -0.25, -0.5, -1.5, -2.0, -3.0])
+    requests, others = [], []
+    for _ in range(data.draw(st.integers(1, 3))):
+        columns, request, more = list(range(16)), [], []
+        for _ in range(data.draw(st.integers(1, 3))):
+            rows = data.draw(st.integers(0, min(5, len(columns))))
+            mine, columns = columns[:rows], columns[rows:]
+            unmasked = data.draw(st.sets(st.sampled_from(mine))) if skip_unmasked and mine else set()
+            more.append({column: data.draw(value | st.sampled_from([NAN, INFINITY])) for column in unmasked})
+            mine = [column for column in mine if column not in unmasked]
+            values = data.draw(st.lists(value, min_size=len(mine), max_size=len(mine)))
+            request.append((mine, values, data.draw(st.integers(0, 3)), INFINITY, 0))
+        requests.append(request)
+        others.append(more)
+    batch = Batch(requests, canvas=17)
+    if skip_unmasked:
+        batch.list_unmasked(others)
+    number = sum(map(len, requests))
+    with_bound(
+        batch, *data.draw(st.lists(st.sampled_from([0.0, 0.25, 0.6, 2.0, 9.0]), min_size=number, max_size=number))
+    )
+    want = batch.run(unmask_rule)
+    for run in (unmask_cpu, unmask_triton):
+        assert all(map(torch.equal, batch.run(run), want)), run.__name__
+
+
 def test_optional_tensors_may_be_missing(implementation):
     batch = Batch([[(COLUMNS, VALUES, 2, INFINITY, 0)], [([1], [0.3], 1, INFINITY, 0)]])
     whole = batch.run()

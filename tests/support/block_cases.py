@@ -152,11 +152,10 @@ class BlockCase(ReferenceCase):
     def _passes(self, generation: decoding.Generation) -> list[tuple[int, list[int]]]:
         """Of each pass its block and the positions that it changed."""
         passes: list[tuple[int, list[int]]] = []
-        for commit in generation.trace:  # one that changes nothing is of the block of the one before it
-            block = (
-                (len(self.prompt_ids) + commit.positions[0]) // self.block_length if commit.positions else passes[-1][0]
-            )
-            passes.append((block, commit.positions))
+        for commit in generation.trace:
+            if commit.positions:
+                number = (len(self.prompt_ids) + commit.positions[0]) // self.block_length
+            passes.append((number, commit.positions))  # one that changes nothing is of the block of the one before it
         return passes
 
 
