@@ -54,12 +54,23 @@ def build(config: dict) -> LLM:
         )  # fmt: skip
 
 
+def stacked_weights(module: Experts) -> tuple[torch.Tensor, torch.Tensor]:
+    return module.stacked_gate_up.weight, module.stacked_down.weight
+
+
+def spread_routes(llm: LLM) -> None:
+    """vLLM's dummy weights are so small that every token would go to the same experts."""
+    for module in runner_of(llm).model.modules():
+        if isinstance(module, Experts):
+            module.router.weight.data.normal_()
+
+
 def touched_bytes(llm: LLM, batch: int, params) -> float:
     """Of the weights in a step that forwards one block of each request, the embedding's rows left out."""
     runner = runner_of(llm)
     model, chosen = runner.model, []
     experts = [module for module in model.modules() if isinstance(module, Experts)]
-    of_experts = {id(p) for module in experts for p in (module.stacked_gate_up.weight, module.stacked_down.weight)}
+    of_experts = {id(p) for module in experts for p in stacked_weights(module)}
     rest = sum(p.nbytes for p in model.parameters() if id(p) not in of_experts) - model.decoder.embedding.weight.nbytes
     hooks = [
         module.router.register_forward_hook(lambda _, __, out: chosen.append(out[1].unique().numel()))
@@ -71,15 +82,16 @@ def touched_bytes(llm: LLM, batch: int, params) -> float:
     for hook in hooks:
         hook.remove()
     # the first step forwards the prompts, and one in each block the block before it, too: the middle one is neither
-    per_step = [sum(chosen[i : i + len(experts)]) for i in range(0, len(chosen), len(experts))] if experts else [0]
-    bytes_of_one = sum(p.nbytes // len(p) for p in (experts[0].stacked_gate_up.weight, experts[0].stacked_down.weight)) if experts else 0  # fmt: skip
-    return rest + statistics.median(per_step) * bytes_of_one
+    per_step = [sum(chosen[i : i + len(experts)]) for i in range(0, len(chosen), max(1, len(experts)))] or [0]
+    of_one = sum(p.nbytes // len(p) for module in experts[:1] for p in stacked_weights(module))
+    return rest + statistics.median(per_step) * of_one
 
 
 def measure_model(name: str, limits: dict[str, float]) -> list[dict]:
     llm, rows = build(CONFIGS[name]), []
+    spread_routes(llm)
     for batch in (1, 8, 32):
-        params = sampling(ANSWER, streamed=False, threshold=1.0)  # no probability is above it: one token a step
+        params = sampling(ANSWER, streamed=False, remasking="sequential")  # one token a step
         for _ in range(2):
             seconds_a_step(llm, batch, PROMPT, params)  # compiles, records
         seconds = seconds_a_step(llm, batch, PROMPT, params)

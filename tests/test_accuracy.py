@@ -14,6 +14,11 @@ SETTINGS = {
     "dream entropy": ("tiny-dream", {"remasking": "entropy", "block_length": 8}, 0.95, 0.0),
     "dream cached threshold": ("tiny-dream", {"block_length": 8, "cache": "dual", "threshold": 0.9}, 0.95, 2.0),
     "d2f": ("tiny-d2f", {"strategy": "d2f", "block_length": 16}, 0.95, 2.0),
+    "sdar one token a step": ("tiny-sdar", {}, 0.95, 0.0),
+    "sdar threshold": ("tiny-sdar", {"threshold": 0.9}, 0.95, 2.0),
+    "llada2 threshold": ("tiny-llada2", {}, 0.95, 2.0),
+    "llada2 quality": ("tiny-llada2", {"preset": "quality"}, 0.95, 1.0),
+    "llada2 speed": ("tiny-llada2", {"preset": "speed"}, 0.95, 1.0),
 }
 
 
@@ -35,3 +40,18 @@ def test_held_out_questions_are_answered(setting):
     assert len(asked) == 200
     assert 1 - len(wrong) / len(asked) >= least_right, wrong
     assert sum(map(tokens_per_forward, completions)) / len(completions) >= least_tpf
+
+
+@pytest.mark.parametrize("checkpoint", ["tiny-sdar", "tiny-llada2"])
+def test_a_chat_of_three_turns_finds_its_history(checkpoint):
+    """Each turn reads the keys and values of those before it, its answers too, and the answers are right all the same."""
+    llm = engine(checkpoint, block_size=16)
+    chat, hits = [], []
+    for question in questions("held_out", 3, seed=2):
+        chat.append({"role": "user", "content": question.text})
+        output = llm.chat(chat, SamplingParams(temperature=0, max_tokens=32), use_tqdm=False)[0]
+        assert output.outputs[0].text == question.answer
+        hits.append(output.num_cached_tokens)
+        chat.append({"role": "assistant", "content": output.outputs[0].text})
+        length = len(output.prompt_token_ids) + len(output.outputs[0].token_ids)
+    assert hits[0] <= 16 < hits[1] < hits[2] < length

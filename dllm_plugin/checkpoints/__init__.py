@@ -1,11 +1,12 @@
 """Tiny trained checkpoints that ship with the package, in the Hugging Face formats of the real models.
 
-`tools/train_tiny.py` and `tools/train_tiny_d2f.py` made them; `tasks` holds the questions that they answer.
+`tools/train_tiny.py`, `tools/train_tiny_d2f.py` and `tools/train_tiny_block.py` made them; `tasks` holds the questions that
+they answer.
 """
 
 from pathlib import Path
 
-NAMES = ("tiny-llada", "tiny-dream", "tiny-d2f")
+NAMES = ("tiny-llada", "tiny-dream", "tiny-d2f", "tiny-sdar", "tiny-llada2")
 
 # Extras that a checkpoint wants where nothing else is asked for: tiny-d2f has only learnt block-causal attention.
 DECODING: dict[str, dict[str, str]] = {"tiny-d2f": {"diffusion_strategy": "d2f"}}
