@@ -1,6 +1,8 @@
 """Strategy ``block``: one block after the other under block-causal attention, with an exact KV cache (SDAR, LLaDA2 and kin)."""
 
+import copy
 import math
+import sys
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -123,20 +125,34 @@ class BlockCausalPlan(Plan):
         if not self._stages or self.steps_are_spent:
             self._begin_block(self._end)
 
-    def look_ahead(self, most: int) -> list[Window]:
+    def look_ahead(self, most: int, reserved: int = sys.maxsize) -> list[Window]:
         assert self.window is not None
         windows, params = [self.window], self.params
-        # the window after one that writes the block before, or a chunk, covers other positions
-        repeats = bool(self.window.blocks) and self.window.start >= self._start and not self._stages[0].is_first_token
-        if not repeats or params.edit_threshold is not None or params.max_steps is not None or params.cache == "dual":
+        # which positions a narrow window of the dual cache covers is known when the step before it has been read
+        if params.edit_threshold is not None or params.max_steps is not None or params.cache == "dual":
             return windows
-        (block,) = self.window.blocks
-        while len(windows) < most and block.num_masked > block.quota:
-            ahead = len(windows)
-            left = block.num_masked - block.quota
-            block = block._replace(num_masked=left, quota=min(self._quota(self._stage_timestep + ahead), left))
-            windows.append(self.window._replace(timestep=self.timestep + ahead, blocks=(block,)))
+        is_by_quota = params.threshold is None and params.factor is None and params.entropy_bound is None
+        ahead = copy.copy(self)
+        ahead._stages, ahead._holes = [*self._stages], [*self._holes]
+        while len(windows) < most:
+            left = [block.num_masked - block.quota for block in windows[-1].blocks]
+            is_filled = left == [0] and len(ahead._stages) == 1
+            settled = min(ahead._end, ahead.limit) if is_filled else ahead.emitted
+            ahead.advance(left, num_emitted=max(0, settled - ahead.emitted))
+            following = ahead.window
+            if following is None or following.end > reserved or following.covers_all != self.window.covers_all:
+                break
+            if not (is_by_quota or _spans(following) == _spans(self.window)):
+                break
+            windows.append(following)
         return windows
+
+    def advance_through(
+        self, num_masked: Sequence[Sequence[int]], eos_is_taken: bool, num_emitted: Sequence[int], num_edited: int
+    ) -> None:
+        for left, emitted in zip(num_masked, num_emitted, strict=True):  # they may be of several blocks
+            if self.window is not None:  # else a pass was launched before the one that ends the answer was read
+                self.advance(left, eos_is_taken, 1, emitted, num_edited)
 
     def _next_window(self) -> Window | None:
         if not self._stages:
@@ -206,3 +222,7 @@ class BlockCausalPlan(Plan):
 
     def _num_masked_in_canvas(self) -> int:
         return len(self._holes)
+
+
+def _spans(window: Window) -> list[tuple[int, int]]:
+    return [(block.start, block.end) for block in window.blocks]

@@ -1,6 +1,7 @@
 """Strategy ``full``: one block after the other under full attention, with Fast-dLLM's caches or none."""
 
 import math
+import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise
@@ -89,7 +90,7 @@ class BlockwisePlan(Plan):
             yield timestep, num_masked, quota
             timestep, num_masked = timestep + 1, num_masked - quota
 
-    def look_ahead(self, most: int) -> list[Window]:
+    def look_ahead(self, most: int, reserved: int = sys.maxsize) -> list[Window]:
         assert self.window is not None
         if self.params.max_steps is not None:
             return [self.window]

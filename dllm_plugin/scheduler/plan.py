@@ -93,13 +93,20 @@ class Plan(ABC):
         self._begin_canvas()
         self.window = self._next_window()
 
-    def look_ahead(self, most: int) -> list[Window]:
-        """The present window and, up to so many, those after it that cover the same positions unless a block is filled.
+    def look_ahead(self, most: int, reserved: int = sys.maxsize) -> list[Window]:
+        """The present window and, up to so many, those that follow, none of which reaches beyond the ``reserved`` pages.
 
-        They presume that each window unmasks its quotas and no more, which is sure without a threshold.
+        They presume that each window unmasks its quotas and no more, which is sure without a threshold. With one they are
+        those of the same block.
         """
         assert self.window is not None
         return [self.window]
+
+    def advance_through(
+        self, num_masked: Sequence[Sequence[int]], eos_is_taken: bool, num_emitted: Sequence[int], num_edited: int
+    ) -> None:
+        """`advance` by all the passes of what `look_ahead` gave that were run, with the numbers of each."""
+        self.advance(num_masked[-1], eos_is_taken, len(num_masked), sum(num_emitted), num_edited)
 
     def advance(
         self,

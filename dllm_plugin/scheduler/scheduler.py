@@ -142,12 +142,11 @@ class DiffusionScheduler(Scheduler):
                     continue  # aborted while the steps ran
                 num_masked = model_runner_output.num_masked[req_id]
                 num_emitted = model_runner_output.num_emitted[req_id]
-                denoising.plan.advance(
-                    num_masked[-1],
+                denoising.plan.advance_through(
+                    num_masked,
                     req_id in model_runner_output.eos_is_taken,
-                    num_run,
-                    num_emitted=sum(num_emitted),
-                    num_edited=model_runner_output.num_edited[req_id],
+                    num_emitted,
+                    model_runner_output.num_edited[req_id],
                 )
                 self._share_pages(req_id)
                 if req_id in self.grammar_compile_error_reqs:  # vLLM ends it with an error; nothing else may
@@ -192,7 +191,7 @@ class DiffusionScheduler(Scheduler):
             return steps
         seconds = self._step_seconds * max(1.0, num_tokens(windows) / self._step_tokens)
         num_steps = max(1, int(min(MOST_STEPS, MOST_SECONDS / seconds)))
-        ahead = [one.plan.look_ahead(num_steps) for one in running]
+        ahead = [one.plan.look_ahead(num_steps, one.reserved) for one in running]
         return [dict(zip(windows, step, strict=True)) for step in zip(*ahead, strict=False)]  # as far as all are alike
 
     def _record_steps(self, request: Request, num_tokens: int | None = None) -> None:
@@ -297,6 +296,7 @@ class DiffusionScheduler(Scheduler):
         kwargs |= {"num_lookahead_tokens": max(0, needed - known), "delay_cache_blocks": True}
         pages = self._allocate_slots(request, num_new_tokens, num_new_computed_tokens, *args, **kwargs)
         if pages is not None:
+            needed = -(-needed // self.block_size) * self.block_size  # pages are whole
             denoising.reserved, denoising.shared = needed, denoising.shared * (request.status == RequestStatus.RUNNING)
         return pages
 

@@ -1,9 +1,9 @@
 """One denoising step for a batch of windows: forward, choose tokens, rank positions, unmask."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,16 +29,15 @@ from dllm_plugin.scheduler.output import DiffusionSchedulerOutput
 from dllm_plugin.scheduler.window import Window
 from dllm_plugin.settings import model_config_of, settings_of
 from dllm_plugin.worker.adapters import AdapterMixin
-from dllm_plugin.worker.batch import BatchBuilder, Layout, StepBatch
+from dllm_plugin.worker.batch import BatchBuilder, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
-from dllm_plugin.worker.graphs import Shape, StepGraphs
+from dllm_plugin.worker.graphs import StepGraphs
 from dllm_plugin.worker.progress import Progress
 from dllm_plugin.worker.ranking import RANKING_VALUES, RankedRows, given
 from dllm_plugin.worker.summary import Summary, summarize
 
 # Rows of logits are computed in chunks of about this size, whatever the batch asks for.
 LOGITS_CHUNK_BYTES = 256 * 2**20
-Launch = Callable[[dict[str, Window]], Summary]
 FILTER_BYTES = 16 * 2**20  # of float32 logits that are sorted at once
 
 
@@ -74,39 +73,40 @@ class DiffusionModelRunner(AdapterMixin):
         self.update_canvases(scheduler_output)
         if not scheduler_output.steps:
             return EMPTY_MODEL_RUNNER_OUTPUT
-        layout = self.batches.lay_out(scheduler_output.steps[0])  # of all steps
+        layout = self.batches.lay_out(scheduler_output.steps[0])  # its requests, in their order, are those of all steps
         progress = Progress(layout, self.state)
         # a threshold tells how many masks are left, and with it what the next step is, only when a step has been read
         by_quota = not layout.needs.block_floats
-        assert self.graphs is not None
         run = self.run_overlapped if self.overlaps and by_quota else self.run_one_by_one
-        run(scheduler_output.steps, partial(self.launch, layout, self.graphs.take(layout)), progress)
+        run(scheduler_output.steps, progress)
         return progress.output()
 
-    def run_one_by_one(self, steps: list[dict[str, Window]], launch: Launch, progress: Progress) -> None:
-        """Run the steps until one ends a request or fills a block."""
-        for windows in steps:
-            summary = launch(progress.with_masks_left(windows))
-            if progress.read(summary):
+    def run_one_by_one(self, steps: list[dict[str, Window]], progress: Progress) -> None:
+        """Run the steps until one ends a request, or fills a block that the next one was to go on with."""
+        for windows, following in pairwise([*steps, {}]):
+            summary = self.launch(progress.with_masks_left(windows))
+            if progress.read(summary, following):
                 return
 
-    def run_overlapped(self, steps: list[dict[str, Window]], launch: Launch, progress: Progress) -> None:
+    def run_overlapped(self, steps: list[dict[str, Window]], progress: Progress) -> None:
         """The same on a GPU, which is never idle: the next step is launched before the last one is read."""
-        unread = launch(steps[0])
+        unread = self.launch(steps[0])
         for windows in steps[1:]:
-            launched = launch(windows)
+            launched = self.launch(windows)
             ended = progress.read(unread)
             unread = launched
             if ended:
                 break
         progress.read(unread)
 
-    def launch(self, layout: Layout, shape: Shape | None, windows: dict[str, Window]) -> Summary:
-        """Begin one denoising step, from a recorded graph where it has a shape."""
+    def launch(self, windows: dict[str, Window]) -> Summary:
+        """Begin one denoising step, from a recorded graph where its shape has come before."""
+        assert self.graphs is not None
+        layout = self.batches.lay_out(windows)
+        shape = self.graphs.take(layout)
         batch = self.batches.build(windows, layout, every_place=shape is not None)
         if self.lora_config:
             self.activate_adapters(batch)
-        assert self.graphs is not None
         return Summary(batch, self.graphs.denoise(batch, shape) if shape else self.denoise(batch))
 
     def denoise(self, batch: StepBatch) -> torch.Tensor:

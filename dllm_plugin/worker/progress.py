@@ -1,5 +1,7 @@
 """How far requests come in the steps that are run: their summaries, read in order, and the runner's output made of them."""
 
+from collections.abc import Mapping
+
 from dllm_plugin.scheduler.output import DiffusionModelRunnerOutput
 from dllm_plugin.scheduler.window import Window
 from dllm_plugin.worker.batch import Layout
@@ -19,14 +21,21 @@ class Progress:
         self.eos_is_taken: set[str] = set()
         self.num_edited: dict[str, int] = {}  # by the last step
 
-    def read(self, summary: Summary) -> bool:
-        """Take in the next step's summary; returns whether it ends a request or fills a block."""
+    def read(self, summary: Summary, following: Mapping[str, Window] | None = None) -> bool:
+        """Take in the next step's summary; returns whether a token ends a request.
+
+        Also where a block is filled that the ``following`` windows were to go on with.
+        """
         report, batch = summary.wait(), summary.batch
-        first_block, ended = 0, 0 in report.masks_left
+        first_block, ended = 0, False
         for i, (request, window) in enumerate(zip(self.requests, batch.windows, strict=True)):
             blocks = slice(first_block, first_block + len(window.blocks))
             first_block = blocks.stop
             self.num_masked[i].append(report.masks_left[blocks])
+            if following and 0 in report.masks_left[blocks]:
+                spans = {block[:2] for block in following[self.layout.request_ids[i]].blocks}
+                left = zip(window.blocks, report.masks_left[blocks], strict=True)
+                ended |= any(number == 0 and block[:2] in spans for block, number in left)
             self.num_edited[self.layout.request_ids[i]] = num_edited = sum(report.num_edited[blocks])
             settled = settled_below(window, report.masks_left[blocks], num_edited)
             num_new = max(0, min(report.unmasked_prefix[i], settled) - request.emitted)
@@ -46,14 +55,19 @@ class Progress:
         """The windows of the next step, with the number of masks that the last one has left in their blocks."""
         if not self.num_masked[0]:
             return windows
+        left = {
+            request_id: steps[-1] for request_id, steps in zip(self.layout.request_ids, self.num_masked, strict=True)
+        }
         return {
-            request_id: windows[request_id]._replace(
+            request_id: window._replace(
                 blocks=tuple(
-                    block._replace(num_masked=left)
-                    for block, left in zip(windows[request_id].blocks, steps[-1], strict=True)
+                    block._replace(num_masked=number)
+                    for block, number in zip(window.blocks, left[request_id], strict=True)
                 )
             )
-            for request_id, steps in zip(self.layout.request_ids, self.num_masked, strict=True)
+            if left[request_id] and all(left[request_id])  # else it goes on to another block
+            else window
+            for request_id, window in windows.items()
         }
 
     def output(self) -> DiffusionModelRunnerOutput:
