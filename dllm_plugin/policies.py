@@ -5,7 +5,7 @@ A policy names the algorithm of the public decoder it comes from. Any policy run
 
 from dataclasses import dataclass
 
-# How many positions of a block a step unmasks (scheduler/window.py).
+# How many positions of a block a step unmasks (scheduler/blockwise.py).
 SCHEDULES = (
     "even",  # the same number in every step, larger shares first
     "time",  # a share of what is masked, as time runs from 1 to eps
@@ -72,15 +72,24 @@ def _dream(name: str, ranking: str, schedule: str = "time", ordered: bool = True
     )
 
 
-POLICIES: dict[str, Policy] = {
-    policy.name: policy
-    for policy in (
-        _llada("low_confidence", "probability"),
-        _llada("random", "step_number"),
-        _llada("sequential", "left_to_right", source="ours"),
-        _dream("origin", "own_number", schedule="drawn", ordered=False),
-        _dream("maskgit_plus", "probability"),
-        _dream("topk_margin", "margin"),
-        _dream("entropy", "negative_entropy"),
-    )
-}
+def by_name(*policies: Policy) -> dict[str, Policy]:
+    """The policies by name. Raises ValueError where ``by_probability`` of one is none of those that rank by probability."""
+    probable = [policy.name for policy in policies if policy.is_by_probability]
+    for policy in policies:
+        if policy.by_probability not in probable:
+            raise ValueError(
+                f"policy {policy.name!r} has by_probability {policy.by_probability!r}, which is no policy that ranks by "
+                f"probability; take one of {probable}"
+            )
+    return {policy.name: policy for policy in policies}
+
+
+POLICIES = by_name(
+    _llada("low_confidence", "probability"),
+    _llada("random", "step_number"),
+    _llada("sequential", "left_to_right", source="ours"),
+    _dream("origin", "own_number", schedule="drawn", ordered=False),
+    _dream("maskgit_plus", "probability"),
+    _dream("topk_margin", "margin"),
+    _dream("entropy", "negative_entropy"),
+)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.block_cases import HOLE, BlockCase, grid, result
 from support.cases import difference, expected
-from support.checkpoints import BLOCK_WEIGHTS, EOS, MASK
+from support.checkpoints import EOS, MASK
 from support.engines import counted_launches, drive, engine, model_runner, num_forwards, scheduler
 from support.steps import Steps, check, leave_engines_empty, nothing_is_left  # noqa: F401
 from vllm.outputs import RequestOutput
@@ -488,7 +488,7 @@ def test_a_template_ends_its_request(case):
 
 
 def test_the_engine_is_the_one_under_test():
-    for checkpoint in BLOCK_WEIGHTS:
+    for checkpoint in {case.checkpoint for case in ALL}:
         llm = engine(checkpoint)
         assert type(scheduler(llm)).__module__ == "dllm_plugin.scheduler.scheduler"
         assert llm.model_config.dtype == torch.float32

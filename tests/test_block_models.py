@@ -8,30 +8,24 @@ import torch
 from reference import block_checkpoints, block_models
 from safetensors.torch import load_file, save_file
 from support.cases import random_prompt
-from support.checkpoints import edit_config, temporary_folder
+from support.checkpoints import architecture, edit_config, temporary_folder
 from support.engines import model_runner, new_engine
 from transformers import AutoConfig, LlamaConfig
 
 from dllm_plugin.attention import WindowBatch
-from dllm_plugin.families import ARCHITECTURES, FAMILIES
+from dllm_plugin.families import ARCHITECTURES
 from dllm_plugin.kernels.window_attention import PagedWindows, Windows
 
 # name: (writer, its options)
 CHECKPOINTS: dict[str, tuple[str, dict]] = {
-    "sdar": ("sdar", {}),
+    **{writer: (writer, {}) for writer in block_checkpoints.WRITERS},
     "sdar-tied": ("sdar", {"tie_word_embeddings": True, "num_key_value_heads": 1, "vocab_size": 327}),
     "sdar-wide-heads": ("sdar", {"head_dim": 64, "shards": 2}),
-    "sdar-moe": ("sdar-moe", {}),
-    "llada2": ("llada2", {}),
     "llada2-merged": (
         "llada2",
         {"merged_experts": True, "num_shared_experts": 2, "first_k_dense_replace": 2, "shards": 3},
     ),
     "llada2-no-shared": ("llada2", {"num_shared_experts": 0, "num_experts_per_tok": 1, "partial_rotary_factor": 0.25}),
-    "fast-dllm-v2": ("fast-dllm-v2", {}),
-    "stable-diffcoder": ("stable-diffcoder", {}),
-    "dream-reasoner": ("dream-reasoner", {}),
-    "llada-moe": ("llada-moe", {}),
     "llada-moe-plain": ("llada-moe", {"qk_layernorm": False, "norm_topk_prob": True, "partial_rotary_factor": 0.5}),
     "sdar-moe-merged": ("sdar-moe", {"merged_experts": True, "norm_topk_prob": False, "num_experts_per_tok": 3}),
 }
@@ -167,30 +161,19 @@ KEPT: list = []  # closing an engine takes vLLM's process groups from the others
 
 
 def config_class(writer):
-    return ARCHITECTURES[ARCHITECTURE[writer]].config_class
+    return ARCHITECTURES[architecture(writer)].config_class
 
 
 def written(writer, name, **options):
     return block_checkpoints.WRITERS[writer](temporary_folder(f"block-{name}"), **{"seed": 3} | options)
 
 
-ARCHITECTURE = {
-    "sdar": "SDARForCausalLM",
-    "sdar-moe": "SDARMoeForCausalLM",
-    "llada2": "LLaDA2MoeModelLM",
-    "fast-dllm-v2": "Fast_dLLM_QwenForCausalLM",
-    "stable-diffcoder": "StableDiffcoderForCausalLM",
-    "dream-reasoner": "DreamForCausalLM",
-    "llada-moe": "LLaDAMoEModelLM",
-}
-
-
 @pytest.mark.parametrize("writer", block_checkpoints.WRITERS)
 def test_config_of_the_architecture(writer):
     """Also where model_type is that of LLaDA, Dream or Llama."""
     config = engine(writer).llm_engine.model_config
-    family = ARCHITECTURES[ARCHITECTURE[writer]]
-    assert config.architecture == ARCHITECTURE[writer] and config.diffusion.family is family
+    family = ARCHITECTURES[architecture(writer)]
+    assert config.architecture == architecture(writer) and config.diffusion.family is family
     assert type(config.hf_config) is type(config.hf_text_config) is family.config_class
     assert type(model_runner(engine(writer)).model).__name__ == family.adapter.rpartition(":")[2]
     plain = reference(writer)
@@ -201,13 +184,11 @@ def test_config_of_the_architecture(writer):
     assert family.shifted == bool(plain.shift)
 
 
-@pytest.mark.parametrize("named", ["SeedDiffcoderForCausalLM", "LlamaForCausalLM"])
-def test_older_names_of_stable_diffcoder(named):
-    """One that is Llama's own is overridden by the user."""
-    path = written("stable-diffcoder", f"named-{named}")
-    edit_config(path, architectures=[named])
-    override = {} if named in ARCHITECTURES else {"hf_overrides": {"architectures": ["StableDiffcoderForCausalLM"]}}
-    llm = new_engine(path, **override)
+def test_a_stable_diffcoder_that_is_named_a_llama():
+    """Its older name, which the user overrides."""
+    path = written("stable-diffcoder", "named-llama")
+    edit_config(path, architectures=["LlamaForCausalLM"])
+    llm = new_engine(path, hf_overrides={"architectures": ["StableDiffcoderForCausalLM"]})
     KEPT.append(llm)
     (ids,) = sequences("stable-diffcoder", 9)
     want = reference("stable-diffcoder").logits(torch.tensor(ids), torch.ones(len(ids), len(ids), dtype=torch.bool))
@@ -229,7 +210,7 @@ LEFT_OUT = {  # mask, EOS, block
 }
 
 
-@pytest.mark.parametrize("writer", LEFT_OUT)
+@pytest.mark.parametrize("writer", block_checkpoints.WRITERS)
 def test_what_config_json_leaves_out(writer):
     path, expected = written(writer, f"left-out-{writer}", num_hidden_layers=1), LEFT_OUT[writer]
     keys = ["mask_token_id", "block_size", "bd_size"] + ["eos_token_id", "pad_token_id"] * (expected[1] != 320)
@@ -382,8 +363,3 @@ def test_names_of_modules_for_adapters():
         checkpoint = "sdar" if "self_attn" in name or "mlp.up" in name else "llada2"
         model = model_runner(engine(checkpoint)).model
         assert model.hf_to_vllm_mapper.apply_list([name]) == [ours]
-
-
-def test_every_family_has_a_writer():
-    block = {family for family in FAMILIES if family.name not in ("LLaDA", "Dream")}
-    assert {ARCHITECTURES[name] for name in ARCHITECTURE.values()} == block

@@ -15,7 +15,6 @@ from support.checkpoints import edit_config, folder, reference, write_checkpoint
 from support.engines import drive, engine, model_runner, new_engine
 from vllm import SamplingParams
 
-from dllm_plugin.families import FAMILIES
 from dllm_plugin.models.configs import DreamConfig, LLaDAConfig
 from dllm_plugin.models.dream import DreamForDiffusionLM
 from dllm_plugin.models.llada import LLaDAForDiffusionLM
@@ -269,25 +268,6 @@ def test_shapes_of_the_published_configs():
 
 
 # ---- how a checkpoint is found
-
-
-NAMED = {name: family for family in FAMILIES if family.name in ("LLaDA", "Dream") for name in family.architectures}
-
-
-@pytest.mark.parametrize("architecture", NAMED)
-def test_architecture_names(architecture):
-    """The published names and ours serve alike."""
-    assert set(NAMED) == {"LLaDAModelLM", "LLaDAForDiffusionLM", "DreamModel", "DreamForDiffusionLM"}
-    family = "llada" if architecture.startswith("LLaDA") else "dream"
-    path = write_checkpoint(family, f"named-{architecture}", seed=3)
-    edit_config(path, architectures=[architecture])
-    llm = new_engine(path)
-    KEPT.append(llm)
-    assert llm.model_config.architecture == architecture
-    assert type(model_runner(llm).model).__name__ == NAMED[architecture].adapter.rpartition(":")[2]
-    # the weights are those of the checkpoint of this family
-    case = PolicyCase(family, "low_confidence", 6, prompt=5)
-    assert not difference(case, drive(llm, [case.request])[0][0])
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])

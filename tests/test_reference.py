@@ -158,6 +158,12 @@ def test_random_remasking_orders_by_the_injected_numbers():
     assert calls == [(0, [0, 1, 2]), (1, [0, 2]), (2, [0])]
 
 
+def test_sequential_remasking_goes_from_left_to_right():
+    model = Table(sure_of(0, 0.5), sure_of(1, 0.9), sure_of(2, 0.7))
+    generation = llada.generate(model, PROMPT, 3, 2, remasking="sequential")
+    assert generation.tokens == [0, 1, 2] and positions(generation) == [[0, 1], [2]]
+
+
 def test_temperature_scales_the_noise_and_leaves_the_confidence():
     model = Table([2.0, 1.0, 0.0, 0.0, 0.0], [3.0, 0.0, 0.0, 0.0, 0.0])
     noise = torch.tensor([[0.0, 3.0, 0.0, 0.0, 99.0], [0.0, 0.0, 0.0, 0.0, 99.0]], dtype=torch.float64)

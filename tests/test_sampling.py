@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binomtest, chisquare
-from support.cases import PolicyCase, difference, expected, random_prompt
+from support.cases import POLICIES, PolicyCase, difference, expected, random_prompt
 from support.checkpoints import MASK, VOCABULARY, folder, reference
 from support.engines import drive, engine, new_engine
 from vllm import SamplingParams
@@ -25,7 +25,7 @@ def sampled(**settings):
 CASES = [
     case
     for settings in (
-        {"policy": "low_confidence"},
+        *({"policy": policy} for policy in POLICIES),
         {"policy": "low_confidence", "block": 5, "steps": 9, "temperature": 1.5, "seed": -3},
         {"policy": "low_confidence", "canvas": 6, "prompt": 1, "seed": 0},
         {"policy": "low_confidence", "cfg": 1.0, "temperature": 0.3},
@@ -33,7 +33,6 @@ CASES = [
         {"policy": "random", "temperature": 0.2, "seed": 2**40 + 5},
         {"policy": "origin", "block": 8, "steps": 6},
         {"policy": "origin", "temperature": 1.3, "top_p": 0.9},
-        {"policy": "maskgit_plus"},
         {"policy": "maskgit_plus", "block": 6, "steps": 10, "top_k": 5},
         {"policy": "maskgit_plus", "alg_temp": 0.5},
         {"policy": "maskgit_plus", "alg_temp": 0.2, "temperature": 0.0},

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from reference import d2f, decoding, fast_dllm
 from reference.model import ReferenceModel
-from support.cases import Noise, ReferenceCase, difference, expected, random_prompt
+from support.cases import POLICIES, Noise, ReferenceCase, difference, expected, random_prompt
 from support.checkpoints import RANDOM_WEIGHTS, reference
 from support.engines import counted_launches, drive, engine, model_runner, num_forwards, scheduler
 from torch import Tensor
@@ -133,7 +133,6 @@ CACHES = (
     {"cache": "prefix", "cache_refresh": 3},
     {"cache": "dual", "cache_refresh": 2},
 )
-POLICIES = ("low_confidence", "random", "sequential", "origin", "maskgit_plus", "topk_margin", "entropy")
 PARALLEL = ({"threshold": 0.5}, {"threshold": 0.2}, {"threshold": 0.05}, {"factor": 1.5}, {"factor": 3.0},
             {"threshold": 1}, {"factor": 2})  # fmt: skip  # whole numbers are numbers
 

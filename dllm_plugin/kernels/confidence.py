@@ -39,6 +39,7 @@ _NOISE = {"temperature": torch.float32, "tempered": torch.bool} | dict.fromkeys(
     ("seed", "position", "step"), torch.int64
 )
 _PER_ROW = ("no_choice", "no_mass", *_NOISE)
+STATISTICS = ("log_probability", "margin", "entropy")  # computed only where a `Choice` asks for them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

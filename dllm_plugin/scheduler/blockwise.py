@@ -54,7 +54,11 @@ class BlockwisePlan(Plan):
             return []
         if schedule == "drawn":
             return origin_timesteps(self._draw_numbers(*self._blocks[self._block]), num_steps, params.eps)
-        return dream_timesteps(self._num_masked, num_steps, params.eps)
+        if schedule == "time":
+            return dream_timesteps(self._num_masked, num_steps, params.eps)
+        raise ValueError(
+            f"nothing says when schedule {schedule!r} unmasks; give its timesteps in BlockwisePlan._schedule"
+        )
 
     def _draw_numbers(self, start: int, end: int) -> np.ndarray:
         """The numbers of the masked positions of a block: those that the worker ranks them by."""

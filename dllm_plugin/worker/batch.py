@@ -15,7 +15,7 @@ from dllm_plugin.policies import POLICIES
 from dllm_plugin.scheduler.output import NewCanvas
 from dllm_plugin.scheduler.window import Window
 from dllm_plugin.worker.canvas import CanvasStore, Request
-from dllm_plugin.worker.ranking import DRAWN
+from dllm_plugin.worker.ranking import RANKED_BY
 
 _NUMPY = {torch.int32: np.int32, torch.int64: np.int64, torch.float32: np.float32}
 
@@ -56,7 +56,12 @@ class Needs:
 
     @property
     def noise(self) -> bool:
-        return self.sampling or not DRAWN.isdisjoint(self.rankings)
+        return self.sampling or any(RANKED_BY[name].draws for name in self.rankings)
+
+    @property
+    def statistics(self) -> set[str]:
+        """Fields of `Confidence` that a ranking reads."""
+        return {statistic for name in self.rankings if (statistic := RANKED_BY[name].statistic) is not None}
 
     @property
     def edits(self) -> bool:

@@ -19,7 +19,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.utils import allocate_kv_cache
 
 from dllm_plugin.attention import DiffusionAttention, WindowBatch
-from dllm_plugin.kernels.confidence import Choice, Confidence, confidence
+from dllm_plugin.kernels.confidence import STATISTICS, Choice, Confidence, confidence
 from dllm_plugin.kernels.edit import Rows, edit
 from dllm_plugin.kernels.filter import filter_top_k_top_p
 from dllm_plugin.kernels.unmask import Unmasked, unmask
@@ -33,7 +33,7 @@ from dllm_plugin.worker.batch import BatchBuilder, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
 from dllm_plugin.worker.graphs import StepGraphs
 from dllm_plugin.worker.progress import Progress
-from dllm_plugin.worker.ranking import RANKING_VALUES, RankedRows, given
+from dllm_plugin.worker.ranking import RANKED_BY, RankedRows, given
 from dllm_plugin.worker.summary import Summary, summarize
 
 # Rows of logits are computed in chunks of about this size, whatever the batch asks for.
@@ -183,15 +183,14 @@ class DiffusionModelRunner(AdapterMixin):
             seed=seed if needs.sampling else None,
             position=position if needs.sampling else None,
             step=timestep if needs.sampling else None,
-            margin="margin" in needs.rankings,
-            entropy="negative_entropy" in needs.rankings,
+            **dict.fromkeys(needs.statistics, True),
         )
         chosen = self.choose_filtered(logits, choice, slot) if needs.filters else confidence(logits, choice)
         rows = RankedRows(chosen, position, seed, timestep)
         first, *others = needs.rankings
-        ranking = RANKING_VALUES[first](rows)
+        ranking = RANKED_BY[first].value(rows)
         for name in others:
-            ranking = torch.where(state.ranking[slot] == RANKINGS.index(name), RANKING_VALUES[name](rows), ranking)
+            ranking = torch.where(state.ranking[slot] == RANKINGS.index(name), RANKED_BY[name].value(rows), ranking)
         return chosen.token, ranking
 
     def choose_filtered(self, logits: torch.Tensor, choice: Choice, slot: torch.Tensor | None) -> Confidence:
@@ -210,7 +209,7 @@ class DiffusionModelRunner(AdapterMixin):
             logit, logit_before = whole.gather(1, tokens).float().unbind(1)
             ahead = (logit - logit_before) / temperature
             chosen.probability[unfiltered] = (ahead + given(before.log_probability)).exp()
-            for name in ("margin", "entropy"):
+            for name in STATISTICS:
                 if (statistic := getattr(chosen, name)) is not None:
                     statistic[unfiltered] = getattr(before, name)
         return chosen
@@ -313,7 +312,8 @@ class DiffusionModelRunner(AdapterMixin):
             hidden_states = self.model(input_ids, positions)
         most = self.rows_at_once
         logits, unconditional = (self.model.compute_logits(hidden_states[:most]) for _ in range(2))
-        confidence(unconditional + (logits - unconditional), Choice(margin=True, entropy=True))
+        every_statistic: dict[str, Any] = dict.fromkeys(STATISTICS, True)
+        confidence(unconditional + (logits - unconditional), Choice(**every_statistic))
 
     def sample_tokens(self, grammar_output: Any) -> None:
         raise RuntimeError("execute_model of a diffusion model returns its output itself")

@@ -1,4 +1,4 @@
-"""What the positions of a step are ranked by, highest first: one function a ranking of `policies`."""
+"""What the positions of a step are ranked by, highest first: one record a ranking of `policies`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,17 +28,25 @@ def given(tensor: torch.Tensor | None) -> torch.Tensor:
     return tensor
 
 
-# fp32 [rows] each
-RANKING_VALUES: dict[str, Callable[[RankedRows], torch.Tensor]] = {
-    "probability": lambda rows: rows.chosen.probability,
-    "margin": lambda rows: given(rows.chosen.margin),
-    "negative_entropy": lambda rows: -given(rows.chosen.entropy),
-    "step_number": lambda rows: rows.uniforms(given(rows.timestep)),
-    "own_number": lambda rows: rows.uniforms(
-        torch.zeros_like(given(rows.timestep))
-    ),  # the plan has turned it into quotas
-    "left_to_right": lambda rows: -rows.position.float(),
-}
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """One way to rank rows.
 
-# rankings that draw a number, and so need seed and step
-DRAWN = frozenset({"step_number", "own_number"})
+    ``value``: fp32 ``[rows]``, highest first. ``statistic``: the field of `Confidence` it reads that is computed only where
+    `Choice` asks for it. ``draws``: it draws numbers, and so needs seed and step.
+    """
+
+    value: Callable[[RankedRows], torch.Tensor]
+    statistic: str | None = None
+    draws: bool = False
+
+
+RANKED_BY = {
+    "probability": Ranking(lambda rows: rows.chosen.probability),
+    "margin": Ranking(lambda rows: given(rows.chosen.margin), statistic="margin"),
+    "negative_entropy": Ranking(lambda rows: -given(rows.chosen.entropy), statistic="entropy"),
+    "step_number": Ranking(lambda rows: rows.uniforms(given(rows.timestep)), draws=True),
+    # the plan has turned it into quotas
+    "own_number": Ranking(lambda rows: rows.uniforms(torch.zeros_like(given(rows.timestep))), draws=True),
+    "left_to_right": Ranking(lambda rows: -rows.position.float()),
+}

@@ -122,8 +122,10 @@ def sample_tokens(
         confidence = probs.gather(1, best[:, None])[:, 0] - others.amax(dim=-1)
     elif alg == "entropy":
         confidence = (probs * torch.log(probs + 1e-10)).sum(dim=-1)
-    else:
+    elif alg in ("origin", "maskgit_plus"):
         confidence = probs.gather(1, chosen[:, None])[:, 0]
+    else:
+        raise ValueError(f"Dream's decoder has no rule for {alg!r}")
     return confidence, chosen
 
 

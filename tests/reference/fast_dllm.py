@@ -71,9 +71,9 @@ def generate(
     """Fills a canvas of gen_length tokens, or the holes of a template, at temperature 0.
 
     With a `threshold` or a `factor` a pass unmasks as much as that admits, at least one position, and `steps` says
-    nothing; otherwise as much as the schedule of `remasking` says: LLaDA's even shares for "low_confidence", "random"
-    and "sequential" (left to right), Dream's time schedule for its four algorithms. "random" and "origin" take
-    `uniforms`. The pass number `max_steps` unmasks all that is left, and is run over the whole sequence.
+    nothing; otherwise as much as the schedule of `remasking` says: LLaDA's even shares for `llada.REMASKING`, Dream's
+    time schedule for `dream.ALGORITHMS`. "random" and "origin" take `uniforms`. The pass number `max_steps` unmasks all
+    that is left, and is run over the whole sequence.
     """
     if cache not in CACHES:
         raise ValueError(f"cache is one of {', '.join(CACHES)}, not {cache!r}")
@@ -133,15 +133,12 @@ def rank(
     uniforms: Uniforms | None,
 ) -> tuple[Tensor, Tensor]:
     """What the positions are ordered by, and their tokens; ``drawn`` goes to `uniforms`: the positions, for origin a time."""
-    if remasking in ("maskgit_plus", "topk_margin", "entropy"):
+    if remasking == "origin":
+        return uniforms(forward, *drawn), choose(logits, mask_token_id)
+    if remasking in dream.ALGORITHMS:
         return dream.sample_tokens(logits, mask_token_id, remasking)
     chosen = choose(logits, mask_token_id)
-    if remasking in ("random", "origin"):
-        return uniforms(forward, *drawn), chosen
-    if remasking == "sequential":
-        return -drawn[0].double(), chosen
-    assert remasking == "low_confidence", remasking
-    return torch.softmax(logits.float(), dim=-1).gather(1, chosen[:, None])[:, 0], chosen
+    return llada.rank(logits, chosen, *drawn, remasking, forward, uniforms), chosen
 
 
 def admitted(confidence: Tensor, factor: float) -> int:

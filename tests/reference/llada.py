@@ -11,6 +11,8 @@ from torch import Tensor
 from .decoding import Canvas, Generation, TokenGumbel, Uniforms, blocks, choose, most_confident
 from .model import Predictor
 
+REMASKING = ("low_confidence", "random", "sequential")
+
 
 def generate(
     model: Predictor,
@@ -31,7 +33,7 @@ def generate(
 ) -> Generation:
     """Fills a canvas of gen_length tokens in `steps` forward passes spread over blocks; without a length, one block.
 
-    `remasking` is "low_confidence" or "random", which takes `uniforms` as confidence. A temperature takes `gumbel`.
+    `remasking` is one of REMASKING, see `rank`; "random" takes `uniforms`. A temperature takes `gumbel`.
     `eos_suppression`: "logits" is the published logits_eos_inf (EOS is never chosen), "confidence" is
     confidence_eos_eot_inf (EOS and EoT may be chosen, but are committed last). The published assignment for the latter
     reaches EOS only at temperature 0, where two names hold one tensor; that is kept.
@@ -56,16 +58,23 @@ def generate(
                 if eot_id is not None:
                     logits[:, eot_id] = -torch.inf
 
-            if remasking == "low_confidence":
-                confidence = torch.softmax(logits.float(), dim=-1).gather(1, chosen[:, None])[:, 0]
-            elif remasking == "random":
-                confidence = uniforms(forward, candidates)
-            else:
-                raise ValueError(f"remasking is low_confidence or random, not {remasking!r}")
-
+            confidence = rank(logits, chosen, candidates, remasking, forward, uniforms)
             committed = most_confident(confidence, quotas[step])
             canvas.commit(candidates[committed], chosen[committed])
     return canvas.result()
+
+
+def rank(
+    logits: Tensor, chosen: Tensor, candidates: Tensor, remasking: str, forward: int, uniforms: Uniforms | None
+) -> Tensor:
+    """What the candidates are ordered by, highest first; "sequential", from left to right, is ours."""
+    if remasking == "low_confidence":
+        return torch.softmax(logits.float(), dim=-1).gather(1, chosen[:, None])[:, 0]
+    if remasking == "random":
+        return uniforms(forward, candidates)
+    if remasking == "sequential":
+        return -candidates.double()
+    raise ValueError(f"LLaDA's decoder has no rule for {remasking!r}")
 
 
 def transfer_counts(num_masked: int, steps: int) -> list[int]:

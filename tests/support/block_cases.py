@@ -96,17 +96,24 @@ class BlockCase(ReferenceCase):
             settings["steps_per_block"] = settings.pop("block_steps")
         if "entropy_bound" in settings:
             settings.setdefault("remasking", "entropy")
-        noise = Noise(self.seed, 0, block_reference(self.checkpoint).vocab_size)  # the reference has absolute positions
-        whole = block.generate(
-            block_reference(self.checkpoint),
+        model = block_reference(self.checkpoint)
+        noise = Noise(self.seed, 0, model.vocab_size)  # the reference has absolute positions
+        if model.shift:
+            generate = block.generate_fast_dllm_v2
+        else:
+            generate = block.generate
+            settings |= {
+                "shorten_last_block": self.cut,
+                "position_gumbel": noise.position_gumbel,
+                "uniforms": noise.uniforms,
+            }
+        whole = generate(
+            model,
             self.prompt_ids,
             self.tokens,
             block_length=self.block_length,
             stop_ids=self.stop_ids,
-            shorten_last_block=self.cut,
             gumbel=noise.gumbel,
-            position_gumbel=noise.position_gumbel,
-            uniforms=noise.uniforms,
             **settings,
             **self.sampling,
         )

@@ -19,11 +19,11 @@ from vllm import SamplingParams
 from vllm.outputs import RequestOutput
 
 from dllm_plugin.kernels import philox
-from support.checkpoints import RANDOM_WEIGHTS, TURN_END, reference
+from support.checkpoints import BLOCK_WEIGHTS, RANDOM_WEIGHTS, TURN_END, reference
 from support.engines import engine, num_forwards
 
-LLADA_POLICIES = ("low_confidence", "random")
-DREAM_POLICIES = ("origin", "maskgit_plus", "topk_margin", "entropy")
+LLADA_POLICIES = llada.REMASKING
+DREAM_POLICIES = dream.ALGORITHMS
 POLICIES = LLADA_POLICIES + DREAM_POLICIES
 
 _DEFAULT_SEED = 1234
@@ -245,7 +245,7 @@ def random_prompt(length: int, name: str) -> list[int]:
 
 
 def turn_end(checkpoint: str) -> int | None:
-    if checkpoint in RANDOM_WEIGHTS:
+    if checkpoint in RANDOM_WEIGHTS | BLOCK_WEIGHTS:
         return TURN_END
     names = {"llada": "<|eot_id|>", "Dream": "<|im_end|>"}
     vocabulary = engine(checkpoint).get_tokenizer().get_vocab()

@@ -19,9 +19,9 @@ VOCABULARY, MASK, EOS, TURN_END = 331, 325, 320, 321
 _folder = tempfile.TemporaryDirectory(prefix="dllm-plugin-tests-")
 atexit.register(_folder.cleanup)
 
+# name: (writer, its options); each writer's own name is one of them
 RANDOM_WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llada": ("llada", {"seed": 3}),
-    "dream": ("dream", {"seed": 3}),
+    **{writer: (writer, {"seed": 3}) for writer in checkpoints.WRITERS},
     "llada-tied": ("llada", {"seed": 7, "weight_tying": True, "n_kv_heads": 4, "vocab_size": 327}),
     "dream-tied": ("dream", {"seed": 7, "tie_word_embeddings": True, "num_key_value_heads": 1, "vocab_size": 327}),
     # what pads the vocabulary is often the model's first choice, as are EOS, the mask and the end of turn below
@@ -30,7 +30,7 @@ RANDOM_WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dream-loud": ("dream", {"seed": 4, "loud": {MASK: 3.0, EOS: 2.5, TURN_END: 2.0}}),
 }
 BLOCK_WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sdar": ("sdar", {"seed": 3}),
+    **{writer: (writer, {"seed": 3}) for writer in block_checkpoints.WRITERS},
     "sdar-b8": ("sdar", {"seed": 5, "block_size": 8}),
     "sdar-loud": ("sdar", {"seed": 4, "loud": {MASK: 3.0, EOS: 2.5}}),
     "sdar-tied": ("sdar", {"seed": 7, "tie_word_embeddings": True, "num_key_value_heads": 1, "vocab_size": 327}),
@@ -67,9 +67,16 @@ def edit_config(checkpoint: Path, *, remove: Iterable[str] = (), **changes: Any)
     file.write_text(json.dumps({key: value for key, value in config.items() if key not in remove}))
 
 
+def architecture(checkpoint: str) -> str:
+    (name,) = json.loads((folder(checkpoint) / "config.json").read_text())["architectures"]
+    return name
+
+
 @functools.cache
-def reference(checkpoint: str) -> reference_model.ReferenceModel:
-    return reference_model.load(folder(checkpoint))
+def reference(checkpoint: str) -> reference_model.ReferenceModel | block_models.LLaDAMoE:
+    """The model of a family under full attention."""
+    of_block = architecture(checkpoint) in block_models.FAMILIES
+    return (block_models if of_block else reference_model).load(folder(checkpoint))
 
 
 @functools.cache
