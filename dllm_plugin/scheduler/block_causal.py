@@ -171,8 +171,8 @@ class BlockCausalPlan(Plan):
         blocks: tuple[ActiveBlock, ...] = ()
         # a block is never cut, since its positions see each other; a window of one runs alone where it is too large
         chunk_end = (start + self.most_tokens) // self.block_length * self.block_length
-        chunk_end = min(max(chunk_end, self._edge_behind(start)), self._start)
-        if end - start > self.most_tokens and start < chunk_end < end:
+        chunk_end = max(chunk_end, self._edge_behind(start))
+        if end - start > self.most_tokens and chunk_end < end:
             visible = end = chunk_end
         else:
             # keys and values of the other sub-blocks are then those of the last pass over all of the block

@@ -452,6 +452,20 @@ def test_how_far_a_plan_looks_ahead(settings, seen):
     assert ahead == seen
 
 
+def test_windows_ahead_have_the_quotas_of_their_timesteps():
+    plan = plan_of(prompt=12, tokens=12, block_length=12, block_steps=5)
+    course = Course(plan)
+    course.begin()
+    course.take()
+    ahead = plan.look_ahead(9)
+    assert [(window.timestep, *window.blocks[0][2:4]) for window in ahead] == [
+        (1, 9, 3),
+        (2, 6, 2),
+        (3, 4, 2),
+        (4, 2, 2),
+    ]
+
+
 # ---- whatever happens
 
 PARAMS = st.fixed_dictionaries(
