@@ -4,7 +4,7 @@ import copy
 import math
 import sys
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from dllm_plugin.params import HOLE
 from dllm_plugin.scheduler.plan import Plan
@@ -38,6 +38,11 @@ class BlockCausalPlan(Plan):
       again. The block is final when a step changes nothing, or after ``max_post_steps`` steps without a mask
       (inclusionAI/LLaDA2.1-mini:modeling_llada2_moe.py).
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # by start and timestep of the open block; passes that are run again are alike, though ``emitted`` is ahead of them
+        self._is_alone: dict[tuple[int, int], bool] = {}
 
     @property
     def block_length(self) -> int:
@@ -84,6 +89,7 @@ class BlockCausalPlan(Plan):
             return
         first = self._holes[0]
         self._start, self._end = first // self.block_length * self.block_length, self._edge_behind(first)
+        self._is_alone = {key: value for key, value in self._is_alone.items() if key[0] == self._start}
         self.timestep = self._num_post_steps = 0
         self._counts_at_start = 0, self.num_passes  # a preempted request begins again with this block
         self._is_forwarded = False
@@ -157,7 +163,7 @@ class BlockCausalPlan(Plan):
     def _next_window(self) -> Window | None:
         if not self._stages:
             return None
-        stage, params = self._stages[0], self.params
+        stage = self._stages[0]
         start, end = self.num_cached, self._end
         if stage.is_first_token:
             start, end = min(start, self._start - 1), self._start  # the row before it is forwarded whatever is cached
@@ -165,12 +171,12 @@ class BlockCausalPlan(Plan):
         blocks: tuple[ActiveBlock, ...] = ()
         # a block is never cut, since its positions see each other; a window of one runs alone where it is too large
         chunk_end = (start + self.most_tokens) // self.block_length * self.block_length
-        chunk_end = min(max(chunk_end, self._edge_behind(start)), self._start)
-        if end - start > self.most_tokens and start < chunk_end < end:
+        chunk_end = max(chunk_end, self._edge_behind(start))
+        if end - start > self.most_tokens and chunk_end < end:
             visible = end = chunk_end
         else:
             # keys and values of the other sub-blocks are then those of the last pass over all of the block
-            if params.cache == "dual" and self._is_forwarded and self.emitted > stage.start:
+            if self._goes_alone(stage):
                 start, end = stage.start, stage.end
             blocks = (self._active_block(stage, start + self.shift),)
         is_within_block = start // self.block_length == (end - 1) // self.block_length
@@ -204,6 +210,13 @@ class BlockCausalPlan(Plan):
             entropy_bound=params.entropy_bound or 0.0,
             edit_threshold=math.inf if params.edit_threshold is None else params.edit_threshold,
         )
+
+    def _goes_alone(self, stage: _Stage) -> bool:
+        """Whether the next pass forwards the sub-block and not all of the block."""
+        if self.params.cache != "dual" or self._is_last_pass:
+            return False
+        first_has_token = self.emitted > stage.start
+        return self._is_alone.setdefault((self._start, self.timestep), self._is_forwarded and first_has_token)
 
     @property
     def _is_last_pass(self) -> bool:
