@@ -430,12 +430,12 @@ def test_a_preempted_template_keeps_its_pinned_tokens():
 @pytest.mark.parametrize(
     ("settings", "seen"),
     [
-        ({}, [1, 2, 1, 1, 3, 2, 1]),  # the window behind one that writes the block before covers less
-        ({"block_steps": 2}, [1, 1, 1, 1]),
-        ({"threshold": 0.5}, [1, 2, 1, 1, 3, 2, 1]),
+        ({}, [7, 6, 5, 4, 3, 2, 1]),  # on into the next block
+        ({"block_steps": 2}, [4, 3, 2, 1]),
+        ({"threshold": 0.5}, [3, 2, 1, 4, 3, 2, 1]),  # when a block is filled, nobody knows
         ({"edit_threshold": 0.5}, [1] * 9),
         ({"max_steps": 7}, [1] * 7),
-        ({"sub_block_length": 2}, [1, 2, 1, 1, 1, 2, 1]),
+        ({"sub_block_length": 2}, [7, 6, 5, 4, 3, 2, 1]),
         ({"cache": "dual", "sub_block_length": 2}, [1] * 7),
     ],
     ids=str,
