@@ -269,7 +269,12 @@ def confidence_cases(limits: dict[str, float], quick: bool) -> list[dict]:
         for count in (32, 256, 2048):
             index = torch.arange(count, device="cuda")
             no_choice = torch.full((count, 1), vocab - 128, device="cuda")
-            drawn = {"temperature": torch.ones(count, device="cuda"), "seed": index, "position": index, "step": index}
+            drawn = {
+                "temperature": torch.ones(count, device="cuda"),
+                "seed": index,
+                "position": index,
+                "timestep": index,
+            }
 
             def logits(count: int = count, vocab: int = vocab) -> Tensor:
                 return (torch.randn(count, vocab, device="cuda") * 3).to(torch.bfloat16)
@@ -421,7 +426,7 @@ def check() -> dict[str, float]:
     logits = torch.randn(5, 9001, device="cuda").to(torch.bfloat16)
     row = torch.arange(5, device="cuda")
     errors["confidence"] = confidence_error(logits, Choice(no_choice=row[:, None], **ALL))
-    drawn = {"temperature": torch.ones(5, device="cuda"), "seed": row, "position": row, "step": row}
+    drawn = {"temperature": torch.ones(5, device="cuda"), "seed": row, "position": row, "timestep": row}
     errors["confidence, sampled"] = confidence_error(logits, Choice(**drawn, **ALL))
     errors["unmask"] = unmask_error(3, 70, 200)
     errors |= block_operation_errors()

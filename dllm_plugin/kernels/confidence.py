@@ -14,7 +14,7 @@ both is gone. Rows of ids are padded with -1; what is not a column, below 0 or p
 
 Ties take the lowest index. Statistics are fp32. A row whose columns are all `-inf` chooses its lowest column that is not
 in `no_choice`; its statistics are NaN where no column has mass, which `unmask` ranks last. A forbidden column is never
-returned, whatever the logits hold. Zero rows are allowed. Noise is a function of (seed, position, step, column).
+returned, whatever the logits hold. Zero rows are allowed. Noise is a function of (seed, position, timestep, column).
 
 On a CPU the fp32 statistics have the bits of `torch.softmax(logits, -1)`: policies rank positions by them, and near 1.0 one
 rounding changes the order. The kernel agrees with the rule on the token, and to 1e-5 on the statistics.
@@ -36,7 +36,7 @@ _TILE, _TILE_WARPS = 1024, 4
 _PARTS_PER_MULTIPROCESSOR = 16  # as many as run at a time: more of them only repeat the work at the ends of a part
 _PARTIALS = 7  # score, token, maximum, sum, best logit, best column, best of the others
 _NOISE = {"temperature": torch.float32, "tempered": torch.bool} | dict.fromkeys(
-    ("seed", "position", "step"), torch.int64
+    ("seed", "position", "timestep"), torch.int64
 )
 _PER_ROW = ("no_choice", "no_mass", *_NOISE)
 STATISTICS = ("log_probability", "margin", "entropy")  # computed only where a `Choice` asks for them
@@ -52,16 +52,16 @@ class Choice:
     tempered: Tensor | None = None  # [rows] bool
     seed: Tensor | None = None  # [rows] int64, needed with `temperature` as the next two are
     position: Tensor | None = None
-    step: Tensor | None = None
+    timestep: Tensor | None = None
     log_probability: bool = False
     margin: bool = False
     entropy: bool = False
 
     @property
     def noise_keys(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Seed, position and step, where there is a `temperature`."""
-        assert self.seed is not None and self.position is not None and self.step is not None
-        return self.seed, self.position, self.step
+        """Seed, position and timestep, where there is a `temperature`."""
+        assert self.seed is not None and self.position is not None and self.timestep is not None
+        return self.seed, self.position, self.timestep
 
     def of(self, rows: slice | Tensor) -> "Choice":
         """The choice in some of the rows."""
@@ -123,15 +123,15 @@ def confidence_cpu(logits: Tensor, choice: Choice) -> Confidence:
     depends on the rows beside it.
     """
     rows, vocab = logits.shape
-    step = rows_per_block(vocab)
-    if step >= rows:
+    at_once = rows_per_block(vocab)
+    if at_once >= rows:
         changed = choice.no_mass is not None or choice.tempered is not None
         x = logits.to(torch.float32, copy=changed)
         return Confidence(*_block(x, choice, overwrite=x is not logits))
-    scratch = logits.new_empty((step, vocab), dtype=torch.float32)
+    scratch = logits.new_empty((at_once, vocab), dtype=torch.float32)
     blocks = []
-    for begin in range(0, rows, step):
-        window = slice(begin, begin + step)
+    for begin in range(0, rows, at_once):
+        window = slice(begin, begin + at_once)
         x = scratch[: rows - begin].copy_(logits[window])
         blocks.append(_block(x, choice.of(window), overwrite=True))
     token, probability, *parts = zip(*blocks, strict=True)
@@ -186,10 +186,10 @@ def _sample(x: Tensor, greedy: Tensor, temperature: Tensor, choice: Choice) -> T
     return token
 
 
-def _add_noise(x: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, step: Tensor) -> None:
+def _add_noise(x: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, timestep: Tensor) -> None:
     width = max(2**14 // x.shape[0], 128)  # columns at a time: the int64 words of Philox are the larger scratch
     for part, begin in zip(x.split(width, 1), range(0, x.shape[1], width), strict=True):
-        bits = philox.row_bits(seed, position, step, philox.TOKEN, part.shape[1], begin)
+        bits = philox.row_bits(seed, position, timestep, philox.TOKEN, part.shape[1], begin)
         part.add_(philox.gumbel_from_bits(bits).mul_(temperature[:, None]))
 
 

@@ -48,7 +48,7 @@ def _first_of_eight(score, column):
 @triton.jit
 def part_kernel(
     logits_ptr, logits_stride, no_choice_ptr, no_mass_ptr, temperature_ptr, tempered_ptr, seed_ptr, position_ptr,
-    step_ptr, partial_ptr,
+    timestep_ptr, partial_ptr,
     vocab, tiles, parts,
     NO_CHOICE: tl.constexpr, NO_MASS: tl.constexpr, MARGIN: tl.constexpr, TOKEN_STREAM: tl.constexpr,
     PARTIALS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
@@ -64,7 +64,7 @@ def part_kernel(
     if temperature_ptr is not None:
         temperature = tl.load(temperature_ptr + row)
         noisy = temperature > 0
-        seed, position, step = tl.load(seed_ptr + row), tl.load(position_ptr + row), tl.load(step_ptr + row)
+        seed, position, timestep = tl.load(seed_ptr + row), tl.load(position_ptr + row), tl.load(timestep_ptr + row)
 
     best = tl.full([GROUPS], lowest, tl.float32)  # of what may be chosen, and the tile where it was first seen
     best_tile = tl.zeros([GROUPS], tl.int32)
@@ -85,7 +85,7 @@ def part_kernel(
         best = tl.maximum(best, top)
         if temperature_ptr is not None:
             if noisy:
-                bits = philox.row_bits_block(seed, position, step, start // 4, TOKEN_STREAM, BLOCK // 4)
+                bits = philox.row_bits_block(seed, position, timestep, start // 4, TOKEN_STREAM, BLOCK // 4)
                 score = _without(x, column, row, no_choice_ptr, NO_CHOICE)
                 score += temperature * philox.gumbel_from_bits_block(bits)
                 top = tl.max(tl.reshape(score, [GROUPS, 8]), 1)
@@ -129,7 +129,7 @@ def part_kernel(
             drawn_group = tl.min(tl.where(drawn == drawn_score, drawn_tile * GROUPS + group, tiles * GROUPS - 1), 0)
             close = first + drawn_group * 8 + eight
             close_x = tl.load(logits + close, mask=close < vocab, other=lowest).to(tl.float32)
-            bits = philox.row_bits_block(seed, position, step, (first + drawn_group * 8) // 4, TOKEN_STREAM, 2)
+            bits = philox.row_bits_block(seed, position, timestep, (first + drawn_group * 8) // 4, TOKEN_STREAM, 2)
             close_score = _without(close_x, close, row, no_choice_ptr, NO_CHOICE)
             close_score += temperature * philox.gumbel_from_bits_block(bits)
             score, chosen = drawn_score, _first_of_eight(close_score, close)

@@ -52,9 +52,9 @@ def filter_top_k_top_p(
     if top_p is None and top_k is None:
         return x
     vocab = x.shape[1]
-    step = max(_SCRATCH_BYTES // (_BYTES_PER_COLUMN * vocab), 1)
-    for first in range(0, rows, step):
-        block = slice(first, first + step)
+    at_once = max(_SCRATCH_BYTES // (_BYTES_PER_COLUMN * vocab), 1)
+    for first in range(0, rows, at_once):
+        block = slice(first, first + at_once)
         _filter(x[block], *(None if tensor is None else tensor[block] for tensor in (top_k, top_p, k_first, no_choice)))
     return x
 

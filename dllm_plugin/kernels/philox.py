@@ -1,9 +1,9 @@
 """Counter-based random numbers: Philox 4x32-10, the same bits in torch and in Triton.
 
-A number is a function of (seed, position, step, index, stream) and of nothing else, so a request draws the same noise
+A number is a function of (seed, position, timestep, index, stream) and of nothing else, so a request draws the same noise
 alone, in any batch and on any shard. The key is the seed (low word, high word); the counter is (index // 4, position,
-step, stream); the number is word `index % 4` of the block, so that the columns of a row cost a quarter of a block each.
-Only the low 32 bits of position and step count.
+timestep, stream); the number is word `index % 4` of the block, so that the columns of a row cost a quarter of a block each.
+Only the low 32 bits of position and timestep count.
 
 Streams: TOKEN for the choice of a token (index = vocabulary id), ORDER for the order of positions, UNIFORM for random
 confidences. Bits agree exactly; Gumbel noise agrees to a few fp32 roundings, since each device has its own logarithm.
@@ -41,31 +41,31 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
 
 
 def row_bits(
-    seed: Tensor, position: Tensor, step: Tensor, stream: int, num_columns: int, first_column: int = 0
+    seed: Tensor, position: Tensor, timestep: Tensor, stream: int, num_columns: int, first_column: int = 0
 ) -> Tensor:
     """32 random bits as int64 of columns `[first_column, first_column + num_columns)` of each row: [rows, num_columns]."""
     first_block, last_block = first_column // 4, -(-(first_column + num_columns) // 4)
     block = torch.arange(first_block, last_block, device=seed.device)
     rows = seed.shape[0]
     shape = (rows, last_block - first_block)
-    counter = _counter(block.expand(shape), position[:, None].expand(shape), step[:, None].expand(shape), stream)
+    counter = _counter(block.expand(shape), position[:, None].expand(shape), timestep[:, None].expand(shape), stream)
     words = philox4x32(counter, _key(seed[:, None])).permute(1, 2, 0).flatten(1)
     return words[:, first_column - 4 * first_block :][:, :num_columns]
 
 
 def uniform(
-    seed: Tensor, position: Tensor, step: Tensor, *, stream: int = TOKEN, num_columns: int | None = None
+    seed: Tensor, position: Tensor, timestep: Tensor, *, stream: int = TOKEN, num_columns: int | None = None
 ) -> Tensor:
     """fp32 uniforms in the open interval (0, 1): [rows], or [rows, num_columns] when that is given."""
-    bits = row_bits(seed, position, step, stream, 1 if num_columns is None else num_columns)
+    bits = row_bits(seed, position, timestep, stream, 1 if num_columns is None else num_columns)
     return uniform_from_bits(bits.squeeze(1) if num_columns is None else bits)
 
 
 def gumbel(
-    seed: Tensor, position: Tensor, step: Tensor, *, stream: int = TOKEN, num_columns: int | None = None
+    seed: Tensor, position: Tensor, timestep: Tensor, *, stream: int = TOKEN, num_columns: int | None = None
 ) -> Tensor:
     """fp32 standard Gumbel noise: [rows], or [rows, num_columns] when that is given."""
-    bits = row_bits(seed, position, step, stream, 1 if num_columns is None else num_columns)
+    bits = row_bits(seed, position, timestep, stream, 1 if num_columns is None else num_columns)
     return gumbel_from_bits(bits.squeeze(1) if num_columns is None else bits)
 
 
@@ -85,8 +85,8 @@ def gumbel_from_bits(bits: Tensor) -> Tensor:
     return v.neg_().log1p_().neg_().log_().neg_()
 
 
-def _counter(block: Tensor, position: Tensor, step: Tensor, stream: int) -> Tensor:
-    return torch.stack((block, position, step, torch.full_like(block, stream))).bitwise_and_(_MASK)
+def _counter(block: Tensor, position: Tensor, timestep: Tensor, stream: int) -> Tensor:
+    return torch.stack((block, position, timestep, torch.full_like(block, stream))).bitwise_and_(_MASK)
 
 
 def _key(seed: Tensor) -> Tensor:
@@ -94,17 +94,17 @@ def _key(seed: Tensor) -> Tensor:
 
 
 @triton.jit
-def philox_block(seed, position, step, block, stream: tl.constexpr):
-    """The four words of counter (block, position, step, stream) as uint32; `block` may be a tensor."""
+def philox_block(seed, position, timestep, block, stream: tl.constexpr):
+    """The four words of counter (block, position, timestep, stream) as uint32; `block` may be a tensor."""
     block = block.to(tl.uint32)
     zero = block * 0
-    return tl.philox(seed, block, zero + position.to(tl.uint32), zero + step.to(tl.uint32), zero + stream)
+    return tl.philox(seed, block, zero + position.to(tl.uint32), zero + timestep.to(tl.uint32), zero + stream)
 
 
 @triton.jit
-def row_bits_block(seed, position, step, first_block, stream: tl.constexpr, NUM_BLOCKS: tl.constexpr):
+def row_bits_block(seed, position, timestep, first_block, stream: tl.constexpr, NUM_BLOCKS: tl.constexpr):
     """Twin of `row_bits` for columns `[4 * first_block, 4 * (first_block + NUM_BLOCKS))`, in order."""
-    w0, w1, w2, w3 = philox_block(seed, position, step, first_block + tl.arange(0, NUM_BLOCKS), stream)
+    w0, w1, w2, w3 = philox_block(seed, position, timestep, first_block + tl.arange(0, NUM_BLOCKS), stream)
     return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
 
 

@@ -17,7 +17,7 @@ first n, where n is the largest of, and at most the number of rows,
 So a quota is (q, inf, 0), Fast-dLLM's threshold (1, t, 0), a semi-activated D2F block (0, t, 0). Public factor code also
 accepts a last rank that fails alone, an off-by-one of its loop; here it does not.
 
-With `alg_temp` t > 0 the order is by `confidence / t + gumbel` instead, with Philox noise of (seed, position, step): drawing
+With `alg_temp` t > 0 the order is by `confidence / t + gumbel` instead, with Philox noise of (seed, position, timestep): drawing
 n positions without replacement from softmax(confidence / t). Confidences may be negative or `-inf`; NaN ranks last and
 passes no threshold. Everything stays on the device: the host reads one small tensor for the whole batch.
 """
@@ -48,14 +48,14 @@ class Segments:
     entropy_bound: Tensor | None = None  # fp32
     alg_temp: Tensor | None = None  # fp32
     seed: Tensor | None = None  # int64, needed with `alg_temp` as the next is
-    step: Tensor | None = None  # int64
+    timestep: Tensor | None = None  # int64
     skip_unmasked: bool = False
 
     @property
     def noise_keys(self) -> tuple[Tensor, Tensor]:
-        """Seed and step, where there is an `alg_temp`."""
-        assert self.seed is not None and self.step is not None
-        return self.seed, self.step
+        """Seed and timestep, where there is an `alg_temp`."""
+        assert self.seed is not None and self.timestep is not None
+        return self.seed, self.timestep
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +102,8 @@ def unmask_rule(
         cell, value, new = (rows[first:last][live] for rows in (segments.row_cell, confidence, token))
         score = value
         if segments.alg_temp is not None and segments.alg_temp[segment] > 0:
-            seed, step = (numbers[segment].expand(len(cell)) for numbers in segments.noise_keys)
-            noise = philox.gumbel(seed, cell % canvas_masked.shape[1], step, stream=philox.ORDER)
+            seed, timestep = (numbers[segment].expand(len(cell)) for numbers in segments.noise_keys)
+            noise = philox.gumbel(seed, cell % canvas_masked.shape[1], timestep, stream=philox.ORDER)
             score = value / segments.alg_temp[segment] + noise
         order = (-score).argsort(stable=True)  # NaN last
         count = max(int(segments.quota[segment]), 0)
@@ -145,8 +145,8 @@ def unmask_cpu(
     score = -value
     if segments.alg_temp is not None:
         per_segment = (segments.alg_temp, *segments.noise_keys)
-        temperature, seed, step = (tensor.cpu().numpy()[segment] for tensor in per_segment)
-        keys = map(torch.from_numpy, (seed, cell % max_canvas, step))
+        temperature, seed, timestep = (tensor.cpu().numpy()[segment] for tensor in per_segment)
+        keys = map(torch.from_numpy, (seed, cell % max_canvas, timestep))
         noise = philox.gumbel(*keys, stream=philox.ORDER).numpy()
         with np.errstate(divide="ignore", invalid="ignore"):
             score = np.where(temperature > 0, score / temperature - noise, score)
@@ -191,8 +191,8 @@ def _check(canvas_tokens: Tensor, canvas_masked: Tensor, segments: Segments, tok
         raise ValueError(
             f"{num_segments} segments of {num_requests} requests need request_start_loc; pass it, or one segment each"
         )
-    if segments.alg_temp is not None and (segments.seed is None or segments.step is None):
-        raise ValueError("alg_temp draws the order of positions from seed and step; pass them, or alg_temp=None")
+    if segments.alg_temp is not None and (segments.seed is None or segments.timestep is None):
+        raise ValueError("alg_temp draws the order of positions from seed and timestep; pass them, or alg_temp=None")
     if (
         canvas_tokens.dim() != 2
         or canvas_masked.shape != canvas_tokens.shape
@@ -213,7 +213,7 @@ def _check(canvas_tokens: Tensor, canvas_masked: Tensor, segments: Segments, tok
         ("entropy_bound", segments.entropy_bound, num_segments, torch.float32),
         ("alg_temp", segments.alg_temp, num_segments, torch.float32),
         ("seed", segments.seed, num_segments, torch.int64),
-        ("step", segments.step, num_segments, torch.int64),
+        ("timestep", segments.timestep, num_segments, torch.int64),
         ("row_cell", segments.row_cell, rows, torch.int64),
         ("token", token, rows, None),
         ("confidence", confidence, rows, torch.float32),
@@ -232,7 +232,7 @@ def unmask_triton(
     request_start_loc, *inputs = contiguous(
         segments.request_start_loc, segments.segment_start_loc, segments.row_cell, token, confidence,
         segments.quota, segments.threshold, segments.factor, segments.entropy_bound, segments.alg_temp, segments.seed,
-        segments.step,
+        segments.timestep,
     )  # fmt: skip
     num_segments = len(segments.quota)
     sizes = (len(token), num_segments + len(slot))

@@ -7,7 +7,7 @@ from dllm_plugin.kernels.dispatch import tl, triton
 @triton.jit
 def unmask_kernel(
     canvas_tokens_ptr, canvas_masked_ptr, slot_ptr, request_start_loc_ptr, segment_start_loc_ptr, row_cell_ptr,
-    token_ptr, confidence_ptr, quota_ptr, threshold_ptr, factor_ptr, entropy_bound_ptr, alg_temp_ptr, seed_ptr, step_ptr,
+    token_ptr, confidence_ptr, quota_ptr, threshold_ptr, factor_ptr, entropy_bound_ptr, alg_temp_ptr, seed_ptr, timestep_ptr,
     rank_ptr, remaining_ptr, unmasked_prefix_ptr,
     max_canvas,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ORDER: tl.constexpr, SKIP_UNMASKED: tl.constexpr,
@@ -35,7 +35,7 @@ def unmask_kernel(
             if SKIP_UNMASKED:
                 unmasked += tl.sum(((row < end) ^ live).to(tl.int32), 0)
             score = _score(
-                row, live, segment, canvas, row_cell_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, step_ptr, ORDER
+                row, live, segment, canvas, row_cell_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, timestep_ptr, ORDER
             )
             rank = tl.zeros([BLOCK], tl.int32)
             entropy_ahead = tl.zeros([BLOCK], tl.float64)
@@ -43,7 +43,7 @@ def unmask_kernel(
                 other = other_first + tl.arange(0, BLOCK)
                 other_live = _live(other, end, canvas_masked_ptr, row_cell_ptr, SKIP_UNMASKED)
                 rival = _score(
-                    other, other_live, segment, canvas, row_cell_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, step_ptr,
+                    other, other_live, segment, canvas, row_cell_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, timestep_ptr,
                     ORDER,
                 )  # fmt: skip
                 ahead = (rival[None, :] > score[:, None]) | (
@@ -109,7 +109,7 @@ def _live(row, end, canvas_masked_ptr, row_cell_ptr, SKIP_UNMASKED: tl.constexpr
 
 @triton.jit
 def _score(
-    row, live, segment, canvas, row_cell_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, step_ptr, ORDER: tl.constexpr
+    row, live, segment, canvas, row_cell_ptr, confidence_ptr, alg_temp_ptr, seed_ptr, timestep_ptr, ORDER: tl.constexpr
 ):  # fmt: skip
     """What orders the rows of a segment, highest first: finite, with NaN below the lowest."""
     score = tl.load(confidence_ptr + row, mask=live, other=float("-inf"))
@@ -118,7 +118,7 @@ def _score(
         if temperature > 0:
             position = tl.load(row_cell_ptr + row, mask=live, other=0) - canvas
             bits, _, _, _ = philox.philox_block(
-                tl.load(seed_ptr + segment), position, tl.load(step_ptr + segment), position * 0, ORDER
+                tl.load(seed_ptr + segment), position, tl.load(timestep_ptr + segment), position * 0, ORDER
             )
             score = score / temperature + philox.gumbel_from_bits_block(bits)
     score = tl.maximum(score, -3.4028234663852886e38, propagate_nan=tl.PropagateNan.ALL)

@@ -182,7 +182,7 @@ class DiffusionModelRunner(AdapterMixin):
             tempered=state.tempered[slot] if needs.sampling else None,
             seed=seed if needs.sampling else None,
             position=position if needs.sampling else None,
-            step=timestep if needs.sampling else None,
+            timestep=timestep if needs.sampling else None,
             **dict.fromkeys(needs.statistics, True),
         )
         chosen = self.choose_filtered(logits, choice, slot) if needs.filters else confidence(logits, choice)
@@ -243,7 +243,7 @@ class DiffusionModelRunner(AdapterMixin):
         if batch.layout.needs.random_order:
             block_request = batch.layout.block_request
             slot, timestep = batch.slots[block_request], batch.timestep[block_request].long()
-            segments = replace(segments, alg_temp=state.alg_temp[slot], seed=state.seed[slot], step=timestep)
+            segments = replace(segments, alg_temp=state.alg_temp[slot], seed=state.seed[slot], timestep=timestep)
         return unmask(state.tokens, state.masked, segments, token, ranking)
 
     # ---- what vLLM's workers ask of a model runner

@@ -70,7 +70,7 @@ def confidence(dtype: torch.dtype, vocab: int, sampled: bool, statistics: bool, 
     ids = torch.zeros(16, 1, dtype=torch.int64)
     row = torch.zeros(16, dtype=torch.int64)
     drawn = {"temperature": torch.ones(16), "tempered": torch.ones(16, dtype=torch.bool)} if sampled else {}
-    drawn |= dict.fromkeys(("seed", "position", "step"), row) if sampled else {}
+    drawn |= dict.fromkeys(("seed", "position", "timestep"), row) if sampled else {}
     asked = dict.fromkeys(("log_probability", "margin", "entropy"), statistics)
     confidence_triton(logits, Choice(no_choice=ids, no_mass=ids if mass else None, **drawn, **asked))
 
@@ -79,7 +79,7 @@ def unmask(policies: bool, integer: torch.dtype, skip_unmasked: bool) -> None:
     tokens, masked = torch.zeros(2, 64, dtype=integer), torch.ones(2, 64, dtype=torch.bool)
     row = torch.zeros(4, dtype=torch.int64)
     one, real, long = int32(1), torch.ones(1), torch.ones(1, dtype=torch.int64)
-    optional = {"threshold": real, "factor": real, "alg_temp": real, "seed": long, "step": long} if policies else {}
+    optional = {"threshold": real, "factor": real, "alg_temp": real, "seed": long, "timestep": long} if policies else {}
     segments = Segments(
         slot=int32(0).to(integer), request_start_loc=int32(0, 1) if policies else None, segment_start_loc=int32(0, 4),
         row_cell=row, quota=one, skip_unmasked=skip_unmasked, **optional,

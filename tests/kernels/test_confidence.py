@@ -20,14 +20,14 @@ def ids(*rows):
 
 def sampling(row, **options):
     """Noise at temperature 1, by the numbers of the rows."""
-    return {"temperature": torch.ones(len(row)), "seed": row, "position": row, "step": row, **options}
+    return {"temperature": torch.ones(len(row)), "seed": row, "position": row, "timestep": row, **options}
 
 
 def check(logits, tolerance=1e-5, **options):
     drawn = {}
     rows = torch.arange(logits.shape[0])
     if options.get("temperature") is not None:
-        drawn = {"seed": rows * 10**12 + 5, "position": rows + 3, "step": rows * 0 + 7}
+        drawn = {"seed": rows * 10**12 + 5, "position": rows + 3, "timestep": rows * 0 + 7}
     choice = Choice(**options, **drawn, **STATISTICS)
     got, want = confidence(logits, choice), confidence_rule(logits, choice)
     assert got.token.dtype == torch.int64 and got.token.tolist() == want.token.tolist()
@@ -129,7 +129,7 @@ def test_sampling_and_tempering(implementation, vocab):
 def test_samples_follow_the_softmax(run):
     logits = torch.tensor([[1.0, 0.0, -1.0, 2.0]]).expand(2000, 4)
     row = torch.arange(2000)
-    options = {"temperature": torch.full((2000,), 2.0), "seed": row, "position": row, "step": row}
+    options = {"temperature": torch.full((2000,), 2.0), "seed": row, "position": row, "timestep": row}
     token = run(logits, Choice(no_choice=ids(*[[3]] * 2000), **options)).token
     share = torch.bincount(token, minlength=4) / 2000
     want = torch.tensor([[0.5, 0.0, -0.5]]).softmax(1)[0]
@@ -138,7 +138,7 @@ def test_samples_follow_the_softmax(run):
 
 def test_a_row_does_not_depend_on_its_batch(implementation):
     logits, row = torch.randn(9, 300), torch.arange(9)
-    options = {"temperature": torch.full((9,), 0.8), "seed": row, "position": row, "step": row}
+    options = {"temperature": torch.full((9,), 0.8), "seed": row, "position": row, "timestep": row}
     whole = confidence(logits, Choice(**options, **STATISTICS))
     alone = confidence(logits[4:5], Choice(**{name: t[4:5] for name, t in options.items()}, **STATISTICS))
     assert whole.token[4] == alone.token[0] and whole.probability[4] == alone.probability[0]
@@ -159,7 +159,7 @@ def test_strided_inputs(implementation):
     options = {
         "no_choice": logits.topk(2, 1).indices, "no_mass": ids([5], [6], [7], [8], [9], []),
         "temperature": torch.tensor([0.0, 0.5, 1.0, 3.0, 0.0, 0.7]), "tempered": row % 3 == 1,
-        "seed": row * 10**10, "position": row + 3, "step": row + 7,
+        "seed": row * 10**10, "position": row + 3, "timestep": row + 7,
     }  # fmt: skip
     whole = confidence(logits, Choice(**options, **STATISTICS))
     strided = {name: torch.stack((t, torch.ones_like(t)), -1)[..., 0] for name, t in options.items()}
@@ -230,7 +230,7 @@ def test_blocks_of_rows_change_nothing(data):
     temperature = option("temperature", lambda: torch.where(asked("temperature"), 2.0, 0.0))
     tempered = None if temperature is None else option("tempered", lambda: asked("tempered"))
     row = torch.arange(rows)
-    noise = {} if temperature is None else {"seed": row * 10**10, "position": row + 3, "step": row % 2}
+    noise = {} if temperature is None else {"seed": row * 10**10, "position": row + 3, "timestep": row % 2}
     sampled = {"temperature": temperature, "tempered": tempered, **noise}
     choice = Choice(no_choice=no_choice, no_mass=no_mass, **sampled, **STATISTICS)
     whole = confidence_cpu(logits, choice)

@@ -34,10 +34,10 @@ def bits_kernel(out_ptr, noise_ptr, key_ptr, first_block, STREAM: tl.constexpr, 
     tl.store(noise_ptr + offset, philox.gumbel_from_bits_block(bits))
 
 
-def triton_row(seed, position, step, first_block, stream, blocks):
+def triton_row(seed, position, timestep, first_block, stream, blocks):
     out = torch.zeros(4 * blocks, dtype=torch.int64)
     noise = torch.zeros(4 * blocks)
-    bits_kernel[(1,)](out, noise, torch.tensor([seed, position, step]), first_block, stream, blocks)
+    bits_kernel[(1,)](out, noise, torch.tensor([seed, position, timestep]), first_block, stream, blocks)
     return out.cpu(), noise.cpu()
 
 
@@ -51,10 +51,10 @@ def test_known_answer_reaches_the_row_of_zeros():
     assert torch.equal(philox.row_bits(zero, zero, zero, 0, 4)[0], words(KNOWN[0][2]))
 
 
-@given(seed=INT64, position=st.integers(0, 2**31), step=st.integers(0, 2**31), block=st.integers(0, 2**20))
-def test_triton_draws_the_same_bits(seed, position, step, block):
-    bits, noise = triton_row(seed, position, step, block, philox.ORDER, 8)
-    row = [torch.tensor([value]) for value in (seed, position, step)]
+@given(seed=INT64, position=st.integers(0, 2**31), timestep=st.integers(0, 2**31), block=st.integers(0, 2**20))
+def test_triton_draws_the_same_bits(seed, position, timestep, block):
+    bits, noise = triton_row(seed, position, timestep, block, philox.ORDER, 8)
+    row = [torch.tensor([value]) for value in (seed, position, timestep)]
     expected = philox.row_bits(*row, philox.ORDER, 32, 4 * block)[0]
     assert torch.equal(bits, expected)
     torch.testing.assert_close(noise, philox.gumbel_from_bits(expected), rtol=2e-6, atol=2e-6)

@@ -49,7 +49,7 @@ class Batch:
             self.arguments |= {
                 "alg_temp": torch.tensor(alg_temp, dtype=torch.float32),
                 "seed": torch.arange(len(segments)) + 10**11,
-                "step": torch.arange(len(segments)) + 5,
+                "timestep": torch.arange(len(segments)) + 5,
             }
 
     def list_unmasked(self, others):
@@ -386,7 +386,7 @@ def test_empty_batch(implementation):
         ({"confidence": torch.zeros(5)}, r"confidence must be torch.float32 \[6\]"),
         ({"token": torch.zeros(6)}, "token must be integer"),
         ({"request_start_loc": None, "slot": torch.zeros(2, dtype=INT32)}, "need request_start_loc"),
-        ({"alg_temp": torch.ones(1)}, "needs? seed and step|from seed and step"),
+        ({"alg_temp": torch.ones(1)}, "from seed and timestep"),
         ({"canvas_masked": torch.zeros(3, 24)}, "canvas_tokens and canvas_masked"),
         ({"quota": torch.zeros(1, dtype=INT32, device="meta")}, r"quota on 'meta'; pass quota.to\('cpu'\)"),
         ({"canvas_masked": torch.zeros(3, 24, dtype=torch.bool, device="meta")}, "canvas_masked on 'meta'"),
