@@ -55,6 +55,9 @@ FORMATS = {
 }
 
 
+UNDER_FULL_ATTENTION = [family for family, (*_, block_length, _) in FORMATS.items() if block_length is None]
+
+
 @pytest.mark.parametrize("family", WRITERS)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_a_checkpoint_has_exactly_the_tensors_the_model_uses(family, tied, tmp_path):
@@ -132,7 +135,7 @@ def test_an_option_of_another_family_is_an_error(tmp_path):
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [family for family in WRITERS if family != "llada-moe"])
+@pytest.mark.parametrize("family", [family for family in WRITERS if family not in UNDER_FULL_ATTENTION])
 def test_a_row_sees_its_block_and_what_is_before_it(family, tmp_path):
     model = load(WRITERS[family](tmp_path, 1, block_size=4))
     assert model.block_length == 4
@@ -143,8 +146,9 @@ def test_a_row_sees_its_block_and_what_is_before_it(family, tmp_path):
         assert moved.tolist() == [i >= changed // 4 * 4 for i in range(12)]
 
 
-def test_every_position_of_llada_moe_sees_every_other(tmp_path):
-    model = load(WRITERS["llada-moe"](tmp_path, 1))
+@pytest.mark.parametrize("family", UNDER_FULL_ATTENTION)
+def test_every_position_sees_every_other(family, tmp_path):
+    model = load(WRITERS[family](tmp_path, 1))
     one, other = (model.logits_for_positions(torch.tensor([3, 1, 4, 1, last])) for last in (5, 6))
     assert ((one - other).abs().amax(-1) > 1e-3).all()
 
