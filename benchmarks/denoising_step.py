@@ -140,7 +140,7 @@ def main() -> None:
             raise AssertionError(
                 f"a step must unmask at least one position of every request, left {remaining.tolist()}"
             )
-        seconds = graph_time([timestep], 30)
+        seconds = graph_time([step], 30)
         result["steps"].append({"batch": batch, "ms": 1e3 * seconds, "of_floor": floor / seconds})
         print(f"batch {batch:2d}: {1e3 * seconds:.2f} ms a step, floor {1e3 * floor:.2f} ms, {floor / seconds:.1%}")
         del step
