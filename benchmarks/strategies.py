@@ -23,7 +23,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,129 +31,34 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import measure  # noqa: F401  sets the environment, before torch and vLLM are imported
 import torch
 from reference import decoding, dream, llada, model
-from vllm import LLM, SamplingParams
+from rows import (
+    CANVAS,
+    ONE_A_STEP,
+    PAGE,
+    POLICIES,
+    Answer,
+    Engine,
+    Row,
+    load,
+    measure_row,
+    print_heading,
+    print_row,
+    row_of,
+    tokenized,
+)
+from vllm import LLM
 from vllm import __version__ as vllm_version
-from vllm.lora.request import LoRARequest
 
 from dllm_plugin import checkpoints
 from dllm_plugin.checkpoints.tasks import Question, questions
-from dllm_plugin.metrics import num_forward_passes
 
 ROOT = Path(__file__).parents[1]
-CANVAS = 32
-# the policy that ranks by probability, which is what a threshold is about
-POLICIES = {"tiny-llada": "low_confidence", "tiny-dream": "maskgit_plus", "tiny-d2f": "maskgit_plus"}
+CHECKPOINTS = ("tiny-llada", "tiny-dream", "tiny-d2f")
 CACHES = ("none", "prefix", "dual")
-ONE_A_STEP = "one a step"
 HEADLINE = "threshold 0.9"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One strategy on one checkpoint at one batch size. Means are over requests."""
-
-    checkpoint: str
-    decoder: str  # "reference", a cache mode, or "d2f"
-    pace: str
-    batch: int
-    accuracy: float  # percent
-    nfe: float
-    tokens_per_forward: float
-    tokens_per_second: float
-    kv_blocks: int | None
-
-
-@dataclass
-class Engine:
-    """An engine and what a request to it needs beyond its parameters."""
-
-    name: str
-    llm: LLM
-    lora: LoRARequest | None = None
-    num_requests: int = 0
-    most_blocks: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        """Look at the KV cache whenever a step has been scheduled, before what ended in it is freed."""
-        scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
-        pool, schedule = scheduler.kv_cache_manager.block_pool, scheduler.schedule
-        num_free = pool.get_num_free_blocks()
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            output = schedule(*args, **kwargs)
-            self.most_blocks = max(self.most_blocks, num_free - pool.get_num_free_blocks())
-            return output
-
-        scheduler.schedule = counted
-
-    def serve(self, prompts: Sequence[list[int]], extras: dict[str, Any], batch: int, **sampling: Any) -> list[Any]:
-        """Completions of the prompts, ``batch`` of them running at any time; one that ends makes room for another."""
-        settings = {f"diffusion_{name}": value for name, value in extras.items()}
-        settings.setdefault("diffusion_remasking", POLICIES[self.name])
-        params = SamplingParams(temperature=0.0, max_tokens=CANVAS, extra_args=settings, **sampling)
-        engine, done, first = self.llm.llm_engine, {}, self.num_requests
-        self.num_requests += len(prompts)
-        waiting = [(f"{self.name}-{first + i}", prompt) for i, prompt in enumerate(prompts)][::-1]
-        while len(done) < len(prompts):
-            while waiting and engine.get_num_unfinished_requests() < batch:
-                name, prompt = waiting.pop()
-                engine.add_request(name, {"prompt_token_ids": prompt}, params, lora_request=self.lora)
-            for output in engine.step():
-                if output.finished:
-                    done[output.request_id] = output.outputs[0]
-        return [done[f"{self.name}-{first + i}"] for i in range(len(prompts))]
-
-
-def load(name: str) -> Engine | None:
-    """The engine of a bundled checkpoint; a LoRA adapter in PEFT format runs over tiny-dream. None: there is none."""
-    if name not in checkpoints.NAMES or not checkpoints.path(name).is_dir():
-        return None
-    folder, settings, lora = checkpoints.path(name), {}, None
-    if (folder / "adapter_config.json").exists():
-        rank = json.loads((folder / "adapter_config.json").read_text())["r"]
-        lora = LoRARequest(name, 1, str(folder))
-        folder = checkpoints.path("tiny-dream")
-        settings = {"enable_lora": True, "max_lora_rank": max(8, 1 << (rank - 1).bit_length())}
-    llm = LLM(
-        model=str(folder),
-        dtype="float32",
-        max_num_seqs=16,
-        kv_cache_memory_bytes=64 << 20,
-        block_size=16,
-        use_tqdm_on_load=False,
-        **settings,
-    )
-    return Engine(name, llm, lora)
-
-
-def tokenized(llm: LLM, asked: Sequence[Question]) -> list[list[int]]:
-    tokenizer = llm.get_tokenizer()
-    chats = [[{"role": "user", "content": question.text}] for question in asked]
-    return [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
-
-
 # ---- rows of the table
-
-
-def measure_row(
-    engine: Engine, asked: Sequence[Question], decoder: str, pace: str, extras: dict[str, Any], batch: int, repeats: int
-) -> tuple[Row, list[list[int]]]:
-    """A row of the table, and the tokens of every answer."""
-    prompts = tokenized(engine.llm, asked)
-    engine.serve(prompts[: 2 * batch][:batch], extras, batch)  # warm-up
-    engine.most_blocks = 0
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        completions = engine.serve(prompts, extras, batch)
-        seconds.append(time.perf_counter() - begin)
-    eos = engine.llm.get_tokenizer().eos_token_id
-    answers = [[token for token in completion.token_ids if token != eos] for completion in completions]
-    passes = sum(num_forward_passes(completion) for completion in completions)
-    right = sum(completion.text == question.answer for completion, question in zip(completions, asked, strict=True))
-    return row_of(
-        engine.name, decoder, pace, batch, right, answers, passes, min(seconds), kv_blocks=engine.most_blocks
-    ), answers
 
 
 def measure_reference(engine: Engine, asked: Sequence[Question], block_length: int, repeats: int) -> Row:
@@ -169,38 +73,12 @@ def measure_reference(engine: Engine, asked: Sequence[Question], block_length: i
         begin = time.perf_counter()
         generations = [generate(reference, prompt, CANVAS, CANVAS, block_length, **choice) for prompt in prompts]
         seconds.append(time.perf_counter() - begin)
-    eos = tokenizer.eos_token_id
-    responses = [decoding.truncate_at_eos(generation.tokens, eos) for generation in generations]
-    answers = [[token for token in response if token != eos] for response in responses]
-    texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
-    right = sum(text == question.answer for text, question in zip(texts, asked, strict=True))
-    passes = sum(generation.num_forwards for generation in generations)
-    return row_of(engine.name, "reference", ONE_A_STEP, 1, right, answers, passes, min(seconds), kv_blocks=None)
-
-
-def row_of(
-    checkpoint: str,
-    decoder: str,
-    pace: str,
-    batch: int,
-    right: int,
-    answers: Sequence[list[int]],
-    passes: int,
-    seconds: float,
-    kv_blocks: int | None,
-) -> Row:
-    tokens = sum(map(len, answers))
-    return Row(
-        checkpoint=checkpoint,
-        decoder=decoder,
-        pace=pace,
-        batch=batch,
-        accuracy=round(100 * right / len(answers), 2),
-        nfe=round(passes / len(answers), 2),
-        tokens_per_forward=round(tokens / passes, 3),
-        tokens_per_second=round(tokens / seconds, 1),
-        kv_blocks=kv_blocks,
-    )
+    answers = []
+    for generation in generations:
+        response = decoding.truncate_at_eos(generation.tokens, tokenizer.eos_token_id)
+        tokens = [token for token in response if token != tokenizer.eos_token_id]
+        answers.append(Answer(tokens, tokenizer.decode(response, skip_special_tokens=True), generation.num_forwards))
+    return row_of(engine.name, "reference", ONE_A_STEP, 1, asked, answers, min(seconds), kv_blocks=None)
 
 
 def measure_all(
@@ -269,22 +147,6 @@ def report_drift(engine: Engine, asked: Sequence[Question], block_length: int) -
 # ---- what is printed
 
 
-def print_heading() -> None:
-    print(
-        f"{'checkpoint':<11} {'decoder':<10} {'pace':<15} {'batch':>5} {'right %':>8} {'NFE':>6} {'TPF':>6} "
-        f"{'tok/s':>8} KV blocks"
-    )
-
-
-def print_row(row: Row) -> None:
-    blocks = "-" if row.kv_blocks is None else row.kv_blocks
-    print(
-        f"{row.checkpoint:<11} {row.decoder:<10} {row.pace:<15} {row.batch:>5} {row.accuracy:>8.1f} {row.nfe:>6.1f} "
-        f"{row.tokens_per_forward:>6.2f} {row.tokens_per_second:>8.1f} {blocks:>9}",
-        flush=True,
-    )
-
-
 def table(result: dict[str, Any]) -> str:
     """The rows of a result that the headline figures compare, as Markdown."""
     lines = [
@@ -312,12 +174,15 @@ def headline(rows: Sequence[Row]) -> dict[str, float | None]:
     full = sorted({row.checkpoint for row in rows if row.decoder == "reference"})
     dual = {(name, batch): find(name, "dual", HEADLINE, batch) for name in full for batch in (1, 16)}
     none = {(name, batch): find(name, "none", ONE_A_STEP, batch) for name in full for batch in (1, 16)}
+    one_by_one = {name: find(name, "reference", ONE_A_STEP, 1).tokens_per_second for name in full}
     figures: dict[str, float | None] = {
-        "dual_threshold_speedup": min(dual[k].tokens_per_second / none[k].tokens_per_second for k in dual),
-        "dual_threshold_accuracy_drop": max(none[name, 16].accuracy - dual[name, 16].accuracy for name in full),
-        "batch16_speedup": min(
-            dual[name, 16].tokens_per_second / find(name, "reference", ONE_A_STEP, 1).tokens_per_second for name in full
+        "dual_threshold_speedup": min(
+            (dual[k].tokens_per_second / none[k].tokens_per_second for k in dual), default=None
         ),
+        "dual_threshold_accuracy_drop": max(
+            (none[k].accuracy - dual[k].accuracy for k in dual if k[1] == 16), default=None
+        ),
+        "batch16_speedup": min((dual[k, 16].tokens_per_second / rate for k, rate in one_by_one.items()), default=None),
         "d2f_tokens_per_forward": None,
         "d2f_accuracy_drop": None,
     }
@@ -366,6 +231,7 @@ def main() -> None:
     parser.add_argument("--block-length", type=int, default=8, help="of all strategies but d2f (default: %(default)s)")
     parser.add_argument("--d2f-block-length", type=int, default=8, help="(default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=2, help="best time of so many runs (default: %(default)s)")
+    parser.add_argument("--checkpoint", choices=CHECKPOINTS, action="append", help="may be repeated (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the questions (default: %(default)s)")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "accuracy_over_tpf.png", help="file to write")
     parser.add_argument("--json", type=Path, help="also write the result here")
@@ -378,14 +244,15 @@ def main() -> None:
     if args.quick:
         args.questions, args.few, args.repeats = min(args.questions, 16), 2, 1
     thresholds = (0.9,) if args.quick else (0.7, 0.8, 0.9, 0.95)
+    wanted = args.checkpoint or CHECKPOINTS
     asked = questions("held_out", args.questions, args.seed)
 
     threads = torch.get_num_threads()
     print(f"float32, CPU with {threads} thread(s), torch {torch.__version__}, vLLM {vllm_version}")
-    print(f"{len(asked)} questions, canvas of {CANVAS} in blocks of {args.block_length}, KV blocks of 16 positions")
+    print(f"{len(asked)} questions, canvas of {CANVAS} in blocks of {args.block_length}, KV blocks of {PAGE} positions")
     print_heading()
     rows, drifts = [], {}
-    for name in ("tiny-llada", "tiny-dream", "tiny-d2f"):
+    for name in wanted:
         engine = load(name)
         if engine is None:
             print(f"{name:<11} not run: the package has no such checkpoint")
@@ -398,8 +265,10 @@ def main() -> None:
             paces = full_attention_paces(thresholds, args.block_length)
             rows += measure_all(engine, paces, asked, args.few, args.repeats)
             drifts[name] = report_drift(engine, asked, args.block_length)
-    plot(rows, args.plot)
-    result = headline(rows) | {"drift": drifts, "rows": [vars(row) for row in rows]}
+    result = headline(rows) | {"drift": drifts}
+    if rows:
+        plot(rows, args.plot)
+    result["rows"] = [vars(row) for row in rows]
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
