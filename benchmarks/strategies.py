@@ -1,6 +1,7 @@
 """What the decoding strategies cost and give: accuracy beside speed, on the held-out tasks of the bundled checkpoints.
 
     python benchmarks/strategies.py --questions 200
+    python benchmarks/strategies.py --checkpoint tiny-sdar --checkpoint tiny-llada2     # the block-diffusion families
     python benchmarks/strategies.py --table FILE    # the table of docs/performance.md out of a result that --json wrote
 
 For each checkpoint a table of caches × ways to choose how much a step unmasks: share of exactly right answers, forward
@@ -16,6 +17,8 @@ float32, greedily, in this process. Batch 1 runs on the first questions only, an
 The reference decoder is the one that the tests hold the engine to, imported from tests/reference: plain torch, one
 prompt, one token a step, the whole sequence in every step, and no end before the canvas is full, as the models' pages
 have a user run them. A copy in here could only become wrong.
+
+Block-diffusion families have rows and figures of their own: block_families.py.
 """
 
 import argparse
@@ -28,7 +31,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import measure  # noqa: F401  sets the environment, before torch and vLLM are imported
+import block_families
+import measure  # sets the environment, before torch and vLLM are imported
 import torch
 from reference import decoding, dream, llada, model
 from rows import (
@@ -53,7 +57,7 @@ from dllm_plugin import checkpoints
 from dllm_plugin.checkpoints.tasks import Question, questions
 
 ROOT = Path(__file__).parents[1]
-CHECKPOINTS = ("tiny-llada", "tiny-dream", "tiny-d2f")
+CHECKPOINTS = ("tiny-llada", "tiny-dream", "tiny-d2f", *block_families.PACES)
 CACHES = ("none", "prefix", "dual")
 HEADLINE = "threshold 0.9"
 
@@ -155,7 +159,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     for values in result["rows"]:
         row = Row(**values)
-        if row.pace in (ONE_A_STEP, HEADLINE, "accept 0.9"):
+        if row.checkpoint in block_families.PACES or row.pace in (ONE_A_STEP, HEADLINE, "accept 0.9"):
             blocks = "" if row.kv_blocks is None else row.kv_blocks
             lines.append(
                 f"| {row.checkpoint} | {row.decoder} | {row.pace} | {row.batch} | {row.accuracy:.1f} % | {row.nfe:.1f} "
@@ -231,6 +235,9 @@ def main() -> None:
     parser.add_argument("--block-length", type=int, default=8, help="of all strategies but d2f (default: %(default)s)")
     parser.add_argument("--d2f-block-length", type=int, default=8, help="(default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=2, help="best time of so many runs (default: %(default)s)")
+    parser.add_argument(
+        "--long-repeats", type=int, default=21, help="of prompts of 1,024 tokens (default: %(default)s)"
+    )
     parser.add_argument("--checkpoint", choices=CHECKPOINTS, action="append", help="may be repeated (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the questions (default: %(default)s)")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "accuracy_over_tpf.png", help="file to write")
@@ -242,7 +249,7 @@ def main() -> None:
         print(table(json.loads(args.table.read_text())))
         return
     if args.quick:
-        args.questions, args.few, args.repeats = min(args.questions, 16), 2, 1
+        args.questions, args.few, args.repeats, args.long_repeats = min(args.questions, 16), 2, 1, 1
     thresholds = (0.9,) if args.quick else (0.7, 0.8, 0.9, 0.95)
     wanted = args.checkpoint or CHECKPOINTS
     asked = questions("held_out", args.questions, args.seed)
@@ -253,6 +260,8 @@ def main() -> None:
     print_heading()
     rows, drifts = [], {}
     for name in wanted:
+        if name in block_families.PACES:
+            continue
         engine = load(name)
         if engine is None:
             print(f"{name:<11} not run: the package has no such checkpoint")
@@ -268,7 +277,12 @@ def main() -> None:
     result = headline(rows) | {"drift": drifts}
     if rows:
         plot(rows, args.plot)
-    result["rows"] = [vars(row) for row in rows]
+    of_blocks = [name for name in wanted if name in block_families.PACES]
+    if of_blocks:
+        block_rows, figures = block_families.measure_all(of_blocks, asked, args.few, args.repeats, args.long_repeats)
+        rows += block_rows
+        result |= figures
+    result |= {"environment": measure.environment() | {"vllm": vllm_version}, "rows": [vars(row) for row in rows]}
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

@@ -27,7 +27,8 @@ def test_overhead():
 
 def test_strategies(tmp_path: Path):
     pytest.importorskip("matplotlib")
-    result = last_line("strategies.py", "--quick", "--questions", "4", "--plot", str(tmp_path / "plot.png"))
+    full = [part for name in ("tiny-llada", "tiny-dream", "tiny-d2f") for part in ("--checkpoint", name)]
+    result = last_line("strategies.py", "--quick", "--questions", "4", "--plot", str(tmp_path / "plot.png"), *full)
     assert (tmp_path / "plot.png").stat().st_size > 1000
     assert result["dual_threshold_speedup"] > 0 and result["batch16_speedup"] > 0
     assert {"dual_threshold_accuracy_drop", "d2f_tokens_per_forward", "d2f_accuracy_drop"} <= set(result)
@@ -43,6 +44,33 @@ def test_strategies(tmp_path: Path):
     assert all(0 <= share <= 1 for drifts in result["drift"].values() for share in drifts.values())
 
 
+def test_block_families():
+    """It compares the engine's answers with the reference's itself, and looks for the hits of a second turn."""
+    of_blocks = ("--checkpoint", "tiny-sdar", "--checkpoint", "tiny-llada2")
+    result = last_line("strategies.py", "--quick", "--questions", "4", *of_blocks)
+    assert result["batch16_speedup"] is None
+    assert result["block_batch16_speedup"] == min(
+        result["block_speedups"][name][pace]["reference"]
+        for name, pace in {(row["checkpoint"], row["pace"]) for row in result["rows"]}
+    )
+    ratios = {
+        name: [row[name] for row in result["long_prompts"].values()] for name in ("prefill ratio", "second turn ratio")
+    }
+    assert len(ratios["prefill ratio"]) == 2
+    assert result["prefill_1024_ratio"] == max(ratios["prefill ratio"]) > 0.9
+    assert 0 < result["second_turn_ttft_ratio"] == max(ratios["second turn ratio"]) < 0.9
+    rows = {(row["checkpoint"], row["decoder"], row["pace"], row["batch"]): row for row in result["rows"]}
+    paces = {"tiny-sdar": ["one a step", "threshold 0.9"]}
+    paces["tiny-llada2"] = ["one a step", "threshold 0.95", "preset quality", "preset speed"]
+    decoders = [("reference", 1), ("block", 1), ("block", 16)]
+    wanted = {(name, *decoder[:1], pace, decoder[1]) for name in paces for pace in paces[name] for decoder in decoders}
+    assert set(rows) == wanted | {("tiny-sdar", "reference, KV cache", pace, 1) for pace in paces["tiny-sdar"]}
+    for (_, decoder, pace, _), row in rows.items():
+        assert row["accuracy"] > 50 and row["tokens_per_second"] > 0
+        assert (row["kv_blocks"] is None) == (decoder != "block")
+        assert pace != "one a step" or row["tokens_per_forward"] <= 1
+
+
 def test_fairness():
     result = last_line("fairness.py", "--quick")
     (row,) = result["beside"]
@@ -55,12 +83,12 @@ def test_fairness():
     assert result["compared_answers"] > 20 and result["changed_answers"] == 0
 
 
-def test_the_documented_table_is_the_recorded_one():
-    recorded = BENCHMARKS / "results" / "cpu-strategies.json"
+@pytest.mark.parametrize(("recorded", "least_rows"), [("cpu-strategies.json", 25), ("cpu-block.json", 20)])
+def test_the_documented_table_is_the_recorded_one(recorded: str, least_rows: int):
     done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "strategies.py"), "--table", str(recorded)],
+        [sys.executable, str(BENCHMARKS / "strategies.py"), "--table", str(BENCHMARKS / "results" / recorded)],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     table = done.stdout[done.stdout.index("| checkpoint |") :].strip()
-    assert len(table.splitlines()) > 25
+    assert len(table.splitlines()) > least_rows
     assert table in (BENCHMARKS.parent / "docs" / "performance.md").read_text()
