@@ -42,9 +42,11 @@ def main(argv: list[str] | None = None) -> int:
         help=f"bundled checkpoint or model folder, may be repeated (default: {' and '.join(checkpoints.NAMES)})",
     )
     demo.add_argument("--questions", type=int, default=6, help="held-out questions for each (default: %(default)s)")
-    demo.add_argument("--max-tokens", type=int, default=32, help="length of the canvas (default: %(default)s)")
-    demo.add_argument("--steps", type=int, help="diffusion_steps (default: one a position)")
-    demo.add_argument("--block-length", type=int, help="diffusion_block_length (default: the whole canvas)")
+    demo.add_argument("--max-tokens", type=int, default=32, help="of an answer (default: %(default)s)")
+    demo.add_argument(
+        "--steps", type=int, help="diffusion_steps (default: one a position); not for block-diffusion models"
+    )
+    demo.add_argument("--block-length", type=int, help="diffusion_block_length (default: the model's)")
     demo.set_defaults(run=run_demo)
 
     checkpoint = commands.add_parser("checkpoint", help="print the folder of a bundled checkpoint")

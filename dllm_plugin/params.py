@@ -79,10 +79,14 @@ class DiffusionParams:
     steps: int | None = _parameter(
         _COUNT,
         None,
-        "denoising steps of a canvas; default: one a position; raised to one a block. Unused with a threshold",
+        "denoising steps of a canvas; default: one a position; raised to one a block. Unused with a threshold; block has "
+        "diffusion_block_steps instead",
     )
     block_length: int | None = _parameter(
-        _COUNT, None, "the canvas is unmasked block after block of this many positions; default: all of it, for d2f 32"
+        _COUNT,
+        None,
+        "the canvas is unmasked block after block of this many positions; default: all of it, for d2f 32, "
+        "for block the checkpoint's",
     )
     canvas_length: int = _parameter(
         _COUNT, 1024, "masked positions laid out at once, at most max_tokens; a longer answer takes another canvas"
@@ -135,7 +139,8 @@ class DiffusionParams:
     block_steps: int | None = _parameter(
         _COUNT,
         None,
-        "block: denoising steps of a block, or of each of its sub-blocks; default: one a position",
+        "block: denoising steps of a block, or of each of its sub-blocks; default: one a position. Beside a threshold a step "
+        "unmasks at least what they ask",
     )
     sub_block_length: int | None = _parameter(
         _COUNT,
@@ -161,7 +166,7 @@ class DiffusionParams:
         Rule(str, choices=("quality", "speed")),
         None,
         "block: quality: threshold 0.7 and edit_threshold 0.5, speed: 0.5 and 0, which are LLaDA2.1's modes; what is given "
-        "beside it holds",
+        "beside it holds. Other models have not learnt to edit, and answer wrongly",
     )
     confidence: str | None = _parameter(
         Rule(str, choices=("plain", "tempered", "filtered")),

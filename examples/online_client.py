@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument(
         "--diffusion",
         type=json.loads,
-        default={"diffusion_steps": 32},
+        default={},
         metavar="JSON",
         help="JSON object of diffusion_* parameters (default: %(default)s)",
     )
