@@ -196,7 +196,7 @@ def fit_cpu_memory(vllm_config: "VllmConfig") -> None:
     from vllm.platforms import current_platform
 
     cache, model, parallel = vllm_config.cache_config, model_config_of(vllm_config), vllm_config.parallel_config
-    unset = cache.kv_cache_memory_bytes is None and cache.num_gpu_blocks_override is None
+    unset = cache.kv_cache_memory_bytes is None
     if not (current_platform.is_cpu() and unset and cache.gpu_memory_utilization == CacheConfig.gpu_memory_utilization):
         return
     token_bytes = 2 * model.get_num_kv_heads(parallel) * model.get_head_size() * model.dtype.itemsize

@@ -294,7 +294,7 @@ def resolve(base: DiffusionParams, given: Mapping[str, Any], label: str) -> Diff
 
     Raises ValueError where two of the given contradict each other. ``label`` stands before their names there.
     """
-    given = PRESETS.get(given.get("preset", ""), {}) | dict(given)
+    asked, given = given, PRESETS.get(given.get("preset", ""), {}) | dict(given)
     if base.strategy == BLOCK:
         given.setdefault("strategy", BLOCK)
     values = {name: getattr(base, name) for name in PARAMETERS}
@@ -303,7 +303,7 @@ def resolve(base: DiffusionParams, given: Mapping[str, Any], label: str) -> Diff
         if not conflict.holds(values):
             continue
         if conflict.first in given and conflict.second in given:
-            _refuse(given, conflict.first, conflict.second, conflict.reason, label)
+            _refuse(asked, given, conflict.first, conflict.second, conflict.reason, label)
         if conflict.second in given:
             values[conflict.first] = getattr(_NEUTRAL, conflict.first)
         else:
@@ -316,17 +316,28 @@ def resolve(base: DiffusionParams, given: Mapping[str, Any], label: str) -> Diff
         )
     template = given.get("template")
     if template and HOLE not in template:
-        raise ValueError(f"{label}template has no hole: put {HOLE} where a token is wanted, or ask for no generation")
+        raise ValueError(
+            f"{label}template has no hole, got {template!r:.80}: put {HOLE} where a token is wanted, or ask for no generation"
+        )
     if template and given.get("canvas_length", len(template)) != len(template):
-        _refuse(given, "template", "canvas_length", "the template is the canvas", label)
+        _refuse(asked, given, "template", "canvas_length", "the template is the canvas", label)
     return DiffusionParams(**values)
 
 
-def _refuse(given: Mapping[str, Any], first: str, second: str, reason: str, label: str) -> None:
-    raise ValueError(
-        f"{label}{first}={given[first]!r} and {label}{second}={given[second]!r} exclude each other: {reason}; "
-        f"leave one of them out"
-    )
+def _refuse(
+    asked: Mapping[str, Any], given: Mapping[str, Any], first: str, second: str, reason: str, label: str
+) -> None:
+    """``asked``: what the user wrote, of which ``given`` holds what a preset stands for, and this model's strategy, too."""
+    words, remedy = [], "leave one of them out"
+    for name in (first, second):
+        if name in asked or name not in given:
+            words.append(f"{label}{name}={given[name]!r}")
+        elif name == "strategy":
+            words.append(f"this model's strategy {given[name]!r}")
+            remedy = f"leave {label}{second} out"
+        else:
+            words.append(f"{label}preset={given['preset']!r}, which has {name} {given[name]!r},")
+    raise ValueError(f"{' and '.join(words)} exclude each other: {reason}; {remedy}")
 
 
 def engine_settings(additional_config: Any) -> Any:
@@ -443,6 +454,8 @@ def _remedy(name: str, value: Any) -> str:
         return f"write {number!r}, {'without a fraction' if type(value) is float else slip}"
     if isinstance(value, str) and rule.choices and (near := _nearest(value, rule.choices, cutoff=0.6)):
         return f"take one of them{near}"
+    if type(number) in (int, float) and number > MOST == rule.high:
+        return f"nothing is above {MOST}"
     default = getattr(_NEUTRAL, name)
     return "leave it out" if default in (None, ()) else f"leave it out for the default {default!r}"
 

@@ -154,3 +154,11 @@ def test_a_width_that_ranks_cannot_share_is_refused(monkeypatch):
         ValueError, match=f"intermediate size of each expert, {WIDTH}, which tensor_parallel_size=5 does not"
     ):
         loaded(monkeypatch, 5, 0, False)
+
+
+def test_no_expert_of_a_dropped_group_is_chosen():
+    """Whatever the bias: among four groups of four, two are kept, whose experts may all be worth less than nothing."""
+    bias = torch.full((EXPERTS,), -3.0)
+    bias[[0, 1, 4, 5]] = -1.0
+    _, chosen = GroupedSigmoidRouting(6, 4, 2, 1.0).choose(torch.zeros(1, EXPERTS), bias)
+    assert chosen.tolist() == [[0, 1, 4, 5, 2, 3]]

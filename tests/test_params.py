@@ -122,6 +122,8 @@ def test_rules_in_words(name, rule):
         ("steps", True, "leave it out"),
         ("steps", "many", "leave it out"),
         ("threshold", "0.9", "write 0.9, without quotes"),
+        ("block_length", 10**9, "nothing is above 1000000"),
+        ("factor", 1e308, "nothing is above 1000000"),
         ("eps", 2, "leave it out for the default 0.001"),
         ("remasking", "entropie", "take one of them (did you mean 'entropy'?)"),
         ("cache", "all", "leave it out for the default 'none'"),
@@ -225,7 +227,9 @@ def test_the_strategy_is_the_familys(base, extras):
 
 @pytest.mark.parametrize("name, value", [("steps", 4), ("cfg_scale", 1.0), ("suffix", [5]), ("cache", "prefix")])
 def test_what_a_block_cannot_have(name, value):
-    with pytest.raises(ValueError, match=f"diffusion_strategy='block' and diffusion_{name}=.* exclude each other"):
+    with pytest.raises(
+        ValueError, match=f"this model's strategy 'block' and diffusion_{name}=.*; leave diffusion_{name} out"
+    ):
         check_request({PREFIX + name: value}, 16, defaults=BLOCK)
 
 
@@ -244,6 +248,13 @@ def test_presets(given, threshold, edit_threshold):
         parse_engine_defaults(given, BLOCK),
     ):
         assert (resolved.threshold, resolved.edit_threshold, resolved.strategy) == (threshold, edit_threshold, "block")
+
+
+@pytest.mark.parametrize("extras", [{"sub_block_length": 4}, {"entropy_bound": 0.5}, {"factor": 1.0}], ids=str)
+def test_what_a_preset_stands_for_is_named(extras):
+    extras = {PREFIX + name: value for name, value in extras.items()} | {"diffusion_preset": "speed"}
+    with pytest.raises(ValueError, match=r"diffusion_preset='speed', which has (edit_)?threshold 0\.[05], "):
+        check_request(extras, 16, defaults=BLOCK)
 
 
 def test_a_template_is_the_canvas():

@@ -119,7 +119,7 @@ class BlockCausalPlan(Plan):
             return
         if num_masked[0]:
             return
-        if self.params.edit_threshold is not None:
+        if self.params.edit_threshold is not None and not stage.is_first_token:
             self._num_post_steps += not had_masks
             is_still = not had_masks and num_edited == 0
             if not (is_still or self._num_post_steps >= self.params.max_post_steps or self.steps_are_spent):

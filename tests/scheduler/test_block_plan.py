@@ -452,6 +452,23 @@ def test_how_far_a_plan_looks_ahead(settings, seen):
     assert ahead == seen
 
 
+def test_a_plan_looks_no_further_than_its_pages():
+    plan = plan_of(prompt=9, tokens=40)
+    Course(plan).begin()
+    assert [window.end for window in plan.look_ahead(9, reserved=16)] == [12] * 3 + [16] * 4
+
+
+def test_quotas_begin_anew_with_each_sub_block():
+    plan = plan_of(prompt=8, tokens=8, block_length=8, sub_block_length=4, block_steps=3)
+    course = Course(plan)
+    course.begin()
+    quotas = []
+    while plan.window is not None:
+        quotas.append(plan.window.blocks[0].quota)
+        course.take()
+    assert quotas == [2, 1, 1, 2, 1, 1]
+
+
 def test_windows_ahead_have_the_quotas_of_their_timesteps():
     plan = plan_of(prompt=12, tokens=12, block_length=12, block_steps=5)
     course = Course(plan)
