@@ -141,10 +141,7 @@ class BlockCausalPlan(Plan):
         ahead = copy.copy(self)
         ahead._stages, ahead._holes = [*self._stages], [*self._holes]
         while len(windows) < most:
-            left = [block.num_masked - block.quota for block in windows[-1].blocks]
-            is_filled = left == [0] and len(ahead._stages) == 1
-            settled = min(ahead._end, ahead.limit) if is_filled else ahead.emitted
-            ahead.advance(left, num_emitted=max(0, settled - ahead.emitted))
+            ahead.advance([block.num_masked - block.quota for block in windows[-1].blocks])
             following = ahead.window
             if following is None or following.end > reserved or following.covers_all != self.window.covers_all:
                 break
