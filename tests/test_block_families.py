@@ -266,6 +266,22 @@ def test_a_batch_that_nobody_watches(monkeypatch):
     assert differences(cases, outputs) == []
 
 
+def test_steps_that_nobody_watches_stay_within_reserved_pages(monkeypatch):
+    """Of 16 positions: steps run on from block to block as far as these reach."""
+    monkeypatch.setattr(scheduling, "MOST_SECONDS", math.inf)
+    llm = engine("sdar-b8", block_size=16)
+    cases = grid(
+        "sdar-b8", [(50, prompt, {"block_length": n}) for prompt in (5, 14) for n in (4, 8, 12)], {"block_steps": 1}
+    )
+    drive(llm, [cases[0].request])
+    for case in cases:
+        with counted_launches(llm) as launches:
+            before = scheduler(llm).current_step
+            (output,), _ = drive(llm, [case.unwatched])
+        assert not difference(case, output)
+        assert scheduler(llm).current_step - before < len(launches)
+
+
 # ---- preemption
 
 
