@@ -227,6 +227,8 @@ def _tiles(
     Queries of one limit need no mask. Short blocks go together, up to _TILE queries: a call costs as much as their scores.
     It is the same in every layer, and so kept.
     """
+    if length == 0:
+        return []
     position = torch.arange(start, start + length)
     limit = torch.full_like(position, visible)
     if block:
