@@ -3,6 +3,7 @@
 import copy
 import math
 import sys
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -83,11 +84,11 @@ class BlockCausalPlan(Plan):
 
     def _begin_block(self, position: int) -> None:
         """Open the block of the first mask from ``position`` on; the canvas is full where there is no such mask."""
-        self._holes = [hole for hole in self._holes if hole >= position]
         self._stages: list[_Stage] = []
-        if not self._holes or self.steps_are_spent:
+        index = bisect_left(self._holes, position)
+        if index == len(self._holes) or self.steps_are_spent:
             return
-        first = self._holes[0]
+        first = self._holes[index]
         self._start, self._end = first // self.block_length * self.block_length, self._edge_behind(first)
         self._is_alone = {key: value for key, value in self._is_alone.items() if key[0] == self._start}
         self.timestep = self._num_post_steps = 0
@@ -98,7 +99,7 @@ class BlockCausalPlan(Plan):
             first += 1
         for start in range(self._start, self._end, self.stage_length):
             end = min(start + self.stage_length, self._end)
-            if num_masked := sum(max(start, first) <= hole < end for hole in self._holes):
+            if num_masked := bisect_left(self._holes, end) - bisect_left(self._holes, max(start, first)):
                 self._stages.append(_Stage(start, end, num_masked))
         self._stage_timestep = 0
 
@@ -139,7 +140,7 @@ class BlockCausalPlan(Plan):
             return windows
         is_by_quota = params.threshold is None and params.factor is None and params.entropy_bound is None
         ahead = copy.copy(self)
-        ahead._stages, ahead._holes = [*self._stages], [*self._holes]
+        ahead._stages = [*self._stages]
         while len(windows) < most:
             ahead.advance([block.num_masked - block.quota for block in windows[-1].blocks])
             following = ahead.window
@@ -215,10 +216,6 @@ class BlockCausalPlan(Plan):
         first_has_token = self.emitted > stage.start
         return self._is_alone.setdefault((self._start, self.timestep), self._is_forwarded and first_has_token)
 
-    @property
-    def _is_last_pass(self) -> bool:
-        return self.params.max_steps is not None and self.num_passes >= self.params.max_steps - 1
-
     def _quota(self, timestep: int) -> int:
         """What a timestep of a stage unmasks at least; of a stage that holds some of the prompt as of any other."""
         return max(1, even_quota(self.stage_length, timestep, self.params.block_steps or self.stage_length))
@@ -229,9 +226,6 @@ class BlockCausalPlan(Plan):
             return "at_once"
         num_post_steps = self._num_post_steps + (stage.num_masked == 0)
         return "when_filled" if self._is_last_pass or num_post_steps >= params.max_post_steps else "when_still"
-
-    def _num_masked_in_canvas(self) -> int:
-        return len(self._holes)
 
 
 def _spans(window: Window) -> list[tuple[int, int]]:

@@ -112,7 +112,9 @@ class BlockwisePlan(Plan):
         if self._block == len(self._blocks):
             return None
         window = self._window(self._block_timestep, *next(self._passes()))
-        return window if self.params.max_steps is None else self._take_all_if_last(window)
+        if self._is_last_pass:
+            return self._take_all(window, self._num_masked + sum(self._masks[self._block + 1 :]))
+        return window
 
     def _window(self, since: int, timestep: int, num_masked: int, quota: int) -> Window:
         """That of the active block in a timestep of it; ``since``: the timestep after the forward pass before."""
@@ -153,6 +155,3 @@ class BlockwisePlan(Plan):
         if self._unmasked_in:
             return bisect_right(self._unmasked_in, timestep) - (len(self._unmasked_in) - num_masked)
         return even_quota(self._masks[self._block], timestep, self._steps[self._block])
-
-    def _num_masked_in_canvas(self) -> int:
-        return self._num_masked + sum(self._masks[self._block + 1 :])

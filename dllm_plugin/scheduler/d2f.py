@@ -97,7 +97,7 @@ class D2FPlan(Plan):
             caches=True,
             pipelined=True,
         )
-        return self._take_all_if_last(window)
-
-    def _num_masked_in_canvas(self) -> int:
-        return sum(block.num_masked for block in self._open) + self.canvas_end - self._next_start
+        if self._is_last_pass:
+            num_masked = sum(block.num_masked for block in self._open) + self.canvas_end - self._next_start
+            return self._take_all(window, num_masked)
+        return window

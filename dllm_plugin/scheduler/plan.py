@@ -131,12 +131,14 @@ class Plan(ABC):
     def steps_are_spent(self) -> bool:
         return self.params.max_steps is not None and self.num_passes >= self.params.max_steps
 
-    def _take_all_if_last(self, window: Window) -> Window:
-        """The window itself, or where it is the last step of the request, one that unmasks all that is left."""
-        if self.params.max_steps is None or self.num_passes < self.params.max_steps - 1:
-            return window
-        masked, length = self._num_masked_in_canvas(), self.canvas_end + self.num_suffix
-        rest = ActiveBlock(self.canvas_start, self.canvas_end, masked, quota=masked)
+    @property
+    def _is_last_pass(self) -> bool:
+        return self.params.max_steps is not None and self.num_passes >= self.params.max_steps - 1
+
+    def _take_all(self, window: Window, num_masked: int) -> Window:
+        """That of the last pass of a request, which unmasks all that is left of the canvas."""
+        length = self.canvas_end + self.num_suffix
+        rest = ActiveBlock(self.canvas_start, self.canvas_end, num_masked, quota=num_masked)
         return window._replace(start=0, end=length, visible=length, timestep=self.timestep, blocks=(rest,))
 
     @abstractmethod
@@ -149,6 +151,3 @@ class Plan(ABC):
     @abstractmethod
     def _record(self, num_masked: Sequence[int], eos_is_taken: bool, num_passes: int, num_edited: int) -> None:
         """What `advance` was told; counts ``timestep`` on."""
-
-    @abstractmethod
-    def _num_masked_in_canvas(self) -> int: ...
