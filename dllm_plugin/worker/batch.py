@@ -32,7 +32,6 @@ class Needs:
     sampling: bool
     filters: bool
     suppression: bool
-    unfiltered: bool
     random_order: bool
     block_floats: tuple[str, ...]  # fields of `ActiveBlock` that some block has set
     pipelined: bool
@@ -44,7 +43,6 @@ class Needs:
             sampling=any(canvas.temperature > 0 for canvas in canvases),
             filters=any(canvas.top_k > 0 or canvas.top_p < 1 for canvas in canvases),
             suppression=any(canvas.params.eos_suppression != "none" for canvas in canvases),
-            unfiltered=any(canvas.params.confidence in ("plain", "tempered") for canvas in canvases),
             random_order=any(canvas.params.alg_temp > 0 for canvas in canvases),
             block_floats=tuple(
                 name

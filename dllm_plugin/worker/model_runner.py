@@ -200,18 +200,19 @@ class DiffusionModelRunner(AdapterMixin):
         asked = ((state.top_k[slot] > 0) | (state.top_p[slot] < 1)).nonzero().squeeze(1)
         unfiltered = asked[state.unfiltered[slot[asked]]]
         whole = logits[unfiltered]  # the filter may take out the very token that is chosen, where it leaves none
-        before = confidence(whole, replace(choice.of(unfiltered), log_probability=True))
         self.filter(logits, asked, slot, given(choice.no_choice))
         chosen = confidence(logits, choice)
-        if len(unfiltered):
-            temperature = torch.where(state.tempered[slot], state.temperature[slot], 1.0)[unfiltered]
-            tokens = torch.stack((chosen.token[unfiltered], before.token), dim=1)
-            logit, logit_before = whole.gather(1, tokens).float().unbind(1)
-            ahead = (logit - logit_before) / temperature
-            chosen.probability[unfiltered] = (ahead + given(before.log_probability)).exp()
-            for name in STATISTICS:
-                if (statistic := getattr(chosen, name)) is not None:
-                    statistic[unfiltered] = getattr(before, name)
+        if len(unfiltered) == 0:
+            return chosen
+        before = confidence(whole, replace(choice.of(unfiltered), log_probability=True))
+        temperature = torch.where(state.tempered[slot], state.temperature[slot], 1.0)[unfiltered]
+        tokens = torch.stack((chosen.token[unfiltered], before.token), dim=1)
+        logit, logit_before = whole.gather(1, tokens).float().unbind(1)
+        ahead = (logit - logit_before) / temperature
+        chosen.probability[unfiltered] = (ahead + given(before.log_probability)).exp()
+        for name in STATISTICS:
+            if (statistic := getattr(chosen, name)) is not None:
+                statistic[unfiltered] = getattr(before, name)
         return chosen
 
     def filter(self, logits: torch.Tensor, asked: torch.Tensor, slot: torch.Tensor, no_choice: torch.Tensor) -> None:
