@@ -35,17 +35,8 @@ SEED_LIMIT = 2**63  # that of HTTP requests; the seeds of further completions, s
 # SamplingParams attribute, its neutral values, and what a user can do instead
 UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("min_p", (0, 0.0), "use top_p or top_k"),
-    ("presence_penalty", (0, 0.0), "penalties assume left-to-right generation"),
-    ("frequency_penalty", (0, 0.0), "penalties assume left-to-right generation"),
-    ("repetition_penalty", (1, 1.0), "penalties assume left-to-right generation"),
-    ("min_tokens", (0,), "use diffusion_eos_suppression='logits' to forbid EOS"),
-    ("logit_bias", (None, {}), "leave it out"),
-    ("allowed_token_ids", (None, []), "leave it out"),
-    ("bad_words", (None, []), "leave it out"),
-    ("logprobs", (None,), "leave it out (beam search asks for it, and goes left to right)"),
     ("prompt_logprobs", (None,), "leave it out"),
     ("structured_outputs", (None,), "leave it out"),
-    ("logprob_token_ids", (None, []), "leave it out"),
     ("prompt_logprob_token_ids", (), "leave it out"),
     ("thinking_token_budget", (None,), "leave it out"),
     ("watermarking", (None, False), "leave it out"),
@@ -101,6 +92,11 @@ def check_sampling_params(sampling_params: SamplingParams, settings: EngineSetti
         value = getattr(sampling_params, name, None)
         if value is not None and value not in neutral:
             raise ValueError(f"{name} is not supported with diffusion language models, got {value!r}; {remedy}")
+    if is_step_of_beam_search(sampling_params):
+        raise ValueError(
+            "beam search is not supported with diffusion language models: a beam grows from left to right, one token a "
+            "request; ask for n samples with logprobs, and take the best"
+        )
     check_fields(sampling_params)
     extras, max_tokens = sampling_params.extra_args, sampling_params.max_tokens
     check_request(extras, max_tokens, settings.vocab_size, settings.max_model_len, settings.defaults)
@@ -111,6 +107,16 @@ def check_sampling_params(sampling_params: SamplingParams, settings: EngineSetti
             f"sampling parameters must be what the engine's process can read: {str(error).rstrip('.')}, with "
             f"extra_args={extras!r:.200}; make them anew, of plain Python values"
         ) from error
+
+
+def is_step_of_beam_search(sampling_params: SamplingParams) -> bool:
+    """Whether vLLM's beam search asks for the next token of a beam; it sets all of these for each."""
+    return (
+        sampling_params.watermarking is False
+        and sampling_params.max_tokens == 1
+        and not sampling_params.detokenize
+        and (sampling_params.logprobs or 0) > 0
+    )
 
 
 def check_fields(sampling_params: SamplingParams) -> None:

@@ -223,10 +223,10 @@ def select_components(vllm_config: "VllmConfig") -> None:
 
 
 def select_sampling_defaults(model: ModelConfig) -> None:
-    """The reference decoders' temperature where generation_config.json names none, and nothing that is not supported.
+    """The reference decoders' temperature where generation_config.json names none, and no penalty that they do not apply.
 
-    Some checkpoints inherit a repetition penalty from the model they were made of; with it every request that leaves the
-    sampling to the server would be refused.
+    Some checkpoints inherit a repetition penalty from the model they were made of. None of the families' decoders applies one,
+    so it is left to those who ask for it.
     """
     overrides = model.override_generation_config
     published = {} if model.generation_config == "vllm" else model.try_get_generation_config()
@@ -241,6 +241,13 @@ def select_sampling_defaults(model: ModelConfig) -> None:
         if published.get(name) not in (*neutral, None):
             logger.warning("Ignoring %s=%r of generation_config.json: %s.", name, published[name], remedy)
             overrides[name] = neutral[0]
+    if published.get("repetition_penalty") not in (1, None) and "repetition_penalty" not in overrides:
+        logger.warning(
+            "Ignoring repetition_penalty=%r of generation_config.json, which the model's own decoder does not apply: give it "
+            "in a request, or in override_generation_config.",
+            published["repetition_penalty"],
+        )
+        overrides["repetition_penalty"] = 1.0
 
 
 def graphs_are_off(vllm_config: "VllmConfig") -> bool:

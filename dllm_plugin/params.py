@@ -186,6 +186,11 @@ class DiffusionParams:
     template: tuple[int, ...] = _parameter(
         Rule(list, HOLE), (), "token ids of the canvas; -1 is a hole, everything else is pinned"
     )
+    trajectory: int = _parameter(
+        Rule(int, 0, 1),
+        0,
+        "1: the response says in which forward pass each token was unmasked or replaced, and with which confidence",
+    )
 
 
 PARAMETERS = {each.name: each for each in fields(DiffusionParams)}

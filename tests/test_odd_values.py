@@ -128,7 +128,7 @@ CALLS = {
     ),
     "other-parameters": (lambda llm: generate(llm, PROMPT, {"max_tokens": 4}), "params must be either SamplingParams or"),
     "pooling": (lambda llm: generate(llm, PROMPT, PoolingParams()), "does not support pooling"),
-    "beam-search": (lambda llm: llm.beam_search([PROMPT], BeamSearchParams(beam_width=2, max_tokens=4)), ""),
+    "beam-search": (lambda llm: llm.beam_search([PROMPT], BeamSearchParams(beam_width=2, max_tokens=4)), "beam search is not"),
 }  # fmt: skip
 
 

@@ -62,6 +62,7 @@ VALUES = {
     "d2f_max_blocks": ([0, 4], [-1, 0.0, "4", True, None]),
     "suffix": (["text", [1, 2], (0,)], ["", [], 5, True, None, [-1], [1.0], ["a"], [True]]),
     "template": ([[-1], [5, -1, 7], (-1, 0)], ["text", [], -1, None, [-2, -1], [1.5, -1], [True, -1], ["-1"]]),
+    "trajectory": ([0, 1], [2, -1, True, 1.0, "1", None]),
 }
 
 

@@ -7,8 +7,30 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
+from dllm_plugin.controls import Controls
 from dllm_plugin.params import DiffusionParams
 from dllm_plugin.scheduler.window import Window
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is told of a token that a step has written: unmasked, or put in the place of another one.
+
+    ``confidence``: what its position was ranked by. ``ids`` and ``logprobs``: the token and those likest in its place, and the
+    value of each by vLLM's ``logprobs_mode``; ``logprobs`` is empty where nobody asks. ``rank``: the token's among all.
+    """
+
+    position: int
+    token: int
+    confidence: float
+    rank: int
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    @classmethod
+    def of_given(cls, position: int, token: int) -> "Record":
+        """That of a token which the request itself has given: it was certain."""
+        return cls(position, token, 1.0, 1, (token,), (0.0,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +40,9 @@ class NewCanvas:
     ``token_ids``: prompt and everything final before this canvas. ``canvas_ids``: -1 for a mask, otherwise a pinned
     token. ``suffix_ids``: what stands behind. ``num_emitted``: tokens of this canvas that were emitted before a
     preemption made it begin again. ``eos_token_id``: the EOS that ends the response, -1 if none does; ``ends_at``: all
-    tokens that do. ``seed``: signed 64 bits, the same on every rank.
+    tokens that do. ``seed``: signed 64 bits, the same on every rank. ``answer_start``: length of the prompt.
+    ``num_logprobs``: how many of the likeliest tokens are told with each token, -1 if nothing is told of it; ``logprob_ids``: the
+    tokens that are told instead.
     """
 
     token_ids: list[int]
@@ -33,6 +57,10 @@ class NewCanvas:
     top_p: float
     top_k: int
     seed: int
+    answer_start: int
+    controls: Controls
+    num_logprobs: int = -1
+    logprob_ids: tuple[int, ...] = ()
 
 
 @dataclass
@@ -55,13 +83,14 @@ class DiffusionModelRunnerOutput(ModelRunnerOutput):
     ``num_emitted``: request id to the number of them that each step brought, as many steps as were run. ``num_masked``:
     request id to the number of positions still masked in each block that was active, after each of the steps.
     ``eos_is_taken``: requests of which an active block holds EOS, masks before it or not. ``num_edited``: request id to the
-    number of tokens that the last step replaced.
+    number of tokens that the last step replaced. ``written``: of requests that ask for their trajectory, what each step wrote.
     """
 
     num_emitted: dict[str, list[int]] = field(default_factory=dict)
     num_masked: dict[str, list[list[int]]] = field(default_factory=dict)
     eos_is_taken: set[str] = field(default_factory=set)
     num_edited: dict[str, int] = field(default_factory=dict)
+    written: dict[str, list[list[Record]]] = field(default_factory=dict)
 
     def add_idle(self, request_ids: Iterable[str]) -> None:
         """Give those of the requests that had no window an output without tokens."""
@@ -70,3 +99,5 @@ class DiffusionModelRunnerOutput(ModelRunnerOutput):
                 self.req_id_to_index[request_id] = len(self.req_ids)
                 self.req_ids.append(request_id)
                 self.sampled_token_ids.append([])
+                if self.logprobs is not None and self.logprobs.cu_num_generated_tokens is not None:
+                    self.logprobs.cu_num_generated_tokens.append(len(self.logprobs.logprobs))

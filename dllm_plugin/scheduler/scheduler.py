@@ -6,7 +6,8 @@ import random
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm.logger import init_logger
@@ -22,9 +23,11 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from dllm_plugin.compat import end_with_error
+from dllm_plugin.controls import Controls
 from dllm_plugin.kernels import philox
+from dllm_plugin.metrics import Event, write_trajectory
 from dllm_plugin.params import DiffusionParams, parse_request
-from dllm_plugin.scheduler.output import DiffusionModelRunnerOutput, DiffusionSchedulerOutput, NewCanvas
+from dllm_plugin.scheduler.output import DiffusionModelRunnerOutput, DiffusionSchedulerOutput, NewCanvas, Record
 from dllm_plugin.scheduler.plan import Plan
 from dllm_plugin.scheduler.strategies import make_plan
 from dllm_plugin.scheduler.turns import Turns
@@ -49,6 +52,18 @@ class Denoising:
     shares_pages: bool  # other requests may read the keys and values of its prefix, and it theirs
     reserved: int = 0  # positions that have pages
     shared: int = 0  # positions whose full pages others can find
+    trajectory: list[Event] = field(default_factory=list)  # kept where the request asks for it
+
+    def record(self, num_prompt: int, written: Sequence[Sequence[Record]]) -> None:
+        """Add what the next forward passes wrote."""
+        for number, records in enumerate(written, self.plan.num_passes):
+            self.trajectory += [
+                Event(number, each.position - num_prompt, each.token, each.confidence) for each in records
+            ]
+
+    def forget_from(self, forward_pass: int) -> None:
+        """Drop what will be written again."""
+        self.trajectory = [event for event in self.trajectory if event.forward_pass < forward_pass]
 
 
 class DiffusionScheduler(Scheduler):
@@ -122,6 +137,7 @@ class DiffusionScheduler(Scheduler):
                 canvases[req_id] = self._new_canvas(self.requests[req_id])
             elif req_id in begun:
                 plan.restart_canvas()
+                self.denoising[req_id].forget_from(plan.num_passes)
                 canvases[req_id] = self._new_canvas(self.requests[req_id])
         windows = {req_id: self._window(req_id) for req_id in self._take_turns(output)}
         steps = self._look_ahead(windows)
@@ -142,6 +158,7 @@ class DiffusionScheduler(Scheduler):
                     continue  # aborted while the steps ran
                 num_masked = model_runner_output.num_masked[req_id]
                 num_emitted = model_runner_output.num_emitted[req_id]
+                denoising.record(self.requests[req_id].num_prompt_tokens, model_runner_output.written.get(req_id, ()))
                 denoising.plan.advance_through(
                     num_masked,
                     req_id in model_runner_output.eos_is_taken,
@@ -202,6 +219,16 @@ class DiffusionScheduler(Scheduler):
             metrics.observe(num_masked, num_emitted)
             if left is not None and (left := left - num_emitted) <= 0:
                 break
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        denoising, metrics = self.denoising[request.request_id], request.spec_decode_metrics
+        kv_params, ec_params = super()._free_request(request, *args, **kwargs)
+        if denoising.plan.params.trajectory and metrics is not None:
+            write_trajectory(metrics, denoising.trajectory)
+            kv_params = (kv_params or {}) | {
+                "diffusion": {"trajectory": [list(event) for event in denoising.trajectory]}
+            }
+        return kv_params, ec_params
 
     def _free_blocks(self, request: Request) -> None:
         del self.denoising[request.request_id]
@@ -325,7 +352,17 @@ class DiffusionScheduler(Scheduler):
             top_p=sampling.top_p,
             top_k=min(sampling.top_k, self.settings.vocab_size),
             seed=denoising.seed,
+            answer_start=request.num_prompt_tokens,
+            controls=Controls.of(sampling),
+            num_logprobs=self._num_logprobs(sampling),
+            logprob_ids=tuple(sampling.logprob_token_ids or ()),
         )
+
+    def _num_logprobs(self, sampling: SamplingParams) -> int:
+        asked = sampling.num_logprobs
+        if asked is None:
+            return -1
+        return self.settings.vocab_size if asked == -1 else asked
 
 
 def sampling_of(request: Request) -> SamplingParams:

@@ -14,7 +14,7 @@ from dllm_plugin.kernels.window_attention import PagedWindows, Windows
 from dllm_plugin.policies import POLICIES
 from dllm_plugin.scheduler.output import NewCanvas
 from dllm_plugin.scheduler.window import Window
-from dllm_plugin.worker.canvas import CanvasStore, Request
+from dllm_plugin.worker.canvas import CanvasStore, Request, power_of_two
 from dllm_plugin.worker.ranking import RANKED_BY
 
 _NUMPY = {torch.int32: np.int32, torch.int64: np.int64, torch.float32: np.float32}
@@ -35,6 +35,10 @@ class Needs:
     random_order: bool
     block_floats: tuple[str, ...]  # fields of `ActiveBlock` that some block has set
     pipelined: bool
+    controls: frozenset[str]  # `Controls.kinds` of some request
+    num_logprobs: int  # the most that a request asks to be told with a token; -1: nothing is told of tokens
+    logprob_ids: bool
+    trajectories: bool
 
     @classmethod
     def of(cls, canvases: list[NewCanvas], windows: list[Window]) -> "Needs":
@@ -50,6 +54,10 @@ class Needs:
                 if any(getattr(block, name) != default for window in windows for block in window.blocks)
             ),
             pipelined=any(window.pipelined for window in windows),
+            controls=frozenset().union(*(canvas.controls.kinds for canvas in canvases)),
+            num_logprobs=max((canvas.num_logprobs for canvas in canvases), default=-1),
+            logprob_ids=any(canvas.logprob_ids for canvas in canvases),
+            trajectories=any(canvas.params.trajectory for canvas in canvases),
         )
 
     @property
@@ -62,13 +70,18 @@ class Needs:
         return {statistic for name in self.rankings if (statistic := RANKED_BY[name].statistic) is not None}
 
     @property
+    def records(self) -> bool:
+        """Whether something is told of each token that is written (worker/records.py)."""
+        return self.num_logprobs >= 0 or self.trajectories
+
+    @property
     def edits(self) -> bool:
         return "edit_threshold" in self.block_floats
 
     @property
     def per_row(self) -> bool:
         """False where all rows are chosen and ranked alike."""
-        return self.noise or self.filters or self.suppression or len(self.rankings) > 1
+        return self.noise or self.filters or self.suppression or self.logprob_ids or len(self.rankings) > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +117,7 @@ class Layout:
     block_request: torch.Tensor  # [blocks]
     place_start_loc: torch.Tensor  # [blocks + 1] int32, places of a block
     request_start_loc: torch.Tensor | None  # [requests + 1] int32, blocks of a request; None: one each
+    reach: torch.Tensor  # 0, 1, ... over all positions of the canvases and before them, where penalties count tokens
     guidance: Guidance | None
     needs: Needs
 
@@ -290,7 +304,9 @@ class BatchBuilder:
             )
         one_block_each = all(len(window.blocks) == 1 for window in steps)
         place_index = slot[place_request] * stride + place_position
-        token_index, positions, places, slots, block_requests, offsets = to_device(
+        needs = Needs.of([request.canvas for request in requests], steps)
+        reach = max(request.canvas_end for request in requests) if "penalties" in needs.controls else 0
+        token_index, positions, places, slots, block_requests, offsets, reaches = to_device(
             device,
             np.repeat(slot[of] * stride, length) + position,
             position,
@@ -300,6 +316,7 @@ class BatchBuilder:
             slot,
             block_request,
             np.arange(power_of_two(max_growth(requests, steps))),
+            np.arange(power_of_two(reach)),
         )
         request_loc, place_loc = to_device(
             device, start_loc([len(window.blocks) for window in steps]), start_loc(block_length), dtype=torch.int32
@@ -318,8 +335,9 @@ class BatchBuilder:
             block_request=block_requests,
             place_start_loc=place_loc,
             request_start_loc=None if one_block_each else request_loc,
+            reach=reaches,
             guidance=guidance,
-            needs=Needs.of([request.canvas for request in requests], steps),
+            needs=needs,
         )
 
     def _window_batch(
@@ -387,11 +405,6 @@ def max_growth(requests: list[Request], steps: list[Window]) -> int:
         end = request.canvas_end if beyond_block else max((block.end for block in window.blocks), default=0)
         most = max(most, min(end, window.settles_below) - request.emitted)
     return most
-
-
-def power_of_two(size: int) -> int:
-    """The next one, so that batches that differ a little have tensors of one shape and a recorded step serves them all."""
-    return 1 << (size - 1).bit_length() if size else 0
 
 
 def start_loc(length: list[int] | np.ndarray) -> np.ndarray:

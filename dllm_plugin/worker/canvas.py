@@ -1,15 +1,19 @@
 """Per-request state on the device, indexed by slot: the sequence, which positions are masked, how it is decoded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import torch
 
+from dllm_plugin.controls import Controls
 from dllm_plugin.params import HOLE
 from dllm_plugin.policies import POLICIES, RANKINGS
-from dllm_plugin.scheduler.output import NewCanvas
+from dllm_plugin.scheduler.output import NewCanvas, Record
 
 _MIN_SLOTS, _MIN_LENGTH = 16, 256
+NEUTRAL = Controls()
 
 
 @dataclass(slots=True)
@@ -22,19 +26,29 @@ class Request:
     emitted: int  # every position below it is settled, and the user has its token
     has_pinned: bool
     serial: int
+    records: dict[int, Record] = field(
+        default_factory=dict
+    )  # by position: what is to be told when the token is emitted
 
 
 def _per_position(dtype: torch.dtype, fill: bool = False) -> dict[str, Any]:
     return {"dtype": dtype, "columns": None, "fill": fill}
 
 
-def _per_slot(dtype: torch.dtype, *columns: int) -> dict[str, Any]:
-    return {"dtype": dtype, "columns": columns, "fill": 0}
+def _per_slot(dtype: torch.dtype, *columns: int, fill: float = 0) -> dict[str, Any]:
+    return {"dtype": dtype, "columns": columns, "fill": fill}
+
+
+def _per_list(dtype: torch.dtype, dimensions: int = 1, fill: float = 0) -> dict[str, Any]:
+    return {"dtype": dtype, "columns": (0,) * dimensions, "fill": fill, "is_list": True}
 
 
 @dataclass
 class Slots:
-    """The tensors of a store, each declared once: ``[slots, length]`` in sequence positions, or ``[slots]`` and a list."""
+    """The tensors of a store, each declared once: ``[slots, length]`` in sequence positions, or ``[slots]`` and a list.
+
+    A list that a request gives has as many columns as the longest that was ever given, none at first.
+    """
 
     tokens: torch.Tensor = field(metadata=_per_position(torch.int64))
     masked: torch.Tensor = field(metadata=_per_position(torch.bool, fill=True))
@@ -54,11 +68,27 @@ class Slots:
     tempered: torch.Tensor = field(metadata=_per_slot(torch.bool))
     unfiltered: torch.Tensor = field(metadata=_per_slot(torch.bool))
     alg_temp: torch.Tensor = field(metadata=_per_slot(torch.float32))
+    # controls (worker/controls.py), and where the answer is
+    answer_start: torch.Tensor = field(metadata=_per_slot(torch.int64))
+    answer_end: torch.Tensor = field(metadata=_per_slot(torch.int64))
+    is_restricted: torch.Tensor = field(metadata=_per_slot(torch.bool))
+    allowed_bits: torch.Tensor = field(metadata=_per_list(torch.int32))  # of token i, bit i % 32 of number i // 32
+    phrases: torch.Tensor = field(metadata=_per_list(torch.int64, dimensions=2, fill=-1))
+    no_stop_below: torch.Tensor = field(metadata=_per_slot(torch.int64))
+    stop_ids: torch.Tensor = field(metadata=_per_list(torch.int64, fill=-1))
+    bias_ids: torch.Tensor = field(metadata=_per_list(torch.int64))
+    bias: torch.Tensor = field(metadata=_per_list(torch.float32))
+    repetition: torch.Tensor = field(metadata=_per_slot(torch.float32, fill=1))
+    frequency: torch.Tensor = field(metadata=_per_slot(torch.float32))
+    presence: torch.Tensor = field(metadata=_per_slot(torch.float32))
+    logprob_ids: torch.Tensor = field(metadata=_per_list(torch.int64, fill=-1))
 
     def grow(self, num_slots: int, length: int, device: torch.device) -> None:
         """Make every tensor larger, with what it holds."""
         for declared in fields(Slots):
             columns, old = declared.metadata["columns"], getattr(self, declared.name, None)
+            if old is not None and "is_list" in declared.metadata:
+                columns = old.shape[1:]
             shape = (num_slots, *((length,) if columns is None else columns))
             new = torch.full(shape, declared.metadata["fill"], dtype=declared.metadata["dtype"], device=device)
             if old is not None:
@@ -70,6 +100,30 @@ class Slots:
         for name, number in numbers.items():
             tensor = getattr(self, name)
             tensor[slot] = torch.tensor(number, device=tensor.device) if isinstance(number, list) else number
+
+    def set_lists(self, slot: int, **lists: np.ndarray) -> bool:
+        """Write lists of a slot by their names; whether a tensor had to be replaced by a wider one."""
+        is_wider = False
+        for name, values in lists.items():
+            tensor, fill = getattr(self, name), _FILL[name]
+            width = tuple(map(max, tensor.shape[1:], (power_of_two(size) for size in values.shape)))
+            if width != tensor.shape[1:]:
+                wider = tensor.new_full((len(tensor), *width), fill)
+                wider[tuple(slice(size) for size in tensor.shape)] = tensor
+                setattr(self, name, tensor := wider)
+                is_wider = True
+            if tensor.numel():
+                tensor[slot] = fill
+                tensor[slot][tuple(slice(size) for size in values.shape)] = torch.from_numpy(values).to(tensor.device)
+        return is_wider
+
+
+_FILL = {declared.name: declared.metadata["fill"] for declared in fields(Slots)}
+
+
+def power_of_two(size: int) -> int:
+    """The next one, so that batches that differ a little have tensors of one shape and a recorded step serves them all."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 class CanvasStore(Slots):
@@ -90,6 +144,7 @@ class CanvasStore(Slots):
         self.generation = 0  # goes up when the tensors are replaced by larger ones
         self._free: list[int] = []
         self._num_begun = 0
+        self._controlled: set[int] = set()  # slots whose controls are not neutral
         self._grow(_MIN_SLOTS, _MIN_LENGTH)
 
     def begin(self, request_id: str, canvas: NewCanvas) -> None:
@@ -122,6 +177,8 @@ class CanvasStore(Slots):
             serial=self._num_begun,
         )
         self._set_decoding(slot, canvas)
+        if canvas.controls != NEUTRAL or canvas.logprob_ids or slot in self._controlled:
+            self._set_controls(slot, canvas, end)
 
     def free(self, request_id: str) -> None:
         """Give the request's slot back; a request without one is left alone."""
@@ -160,6 +217,30 @@ class CanvasStore(Slots):
             alg_temp=params.alg_temp if policy.ordered else 0.0,
         )
 
+    def _set_controls(self, slot: int, canvas: NewCanvas, end: int) -> None:
+        controls, start = canvas.controls, canvas.answer_start
+        self._controlled.add(slot)
+        self.set(
+            slot,
+            answer_start=start,
+            answer_end=end,
+            is_restricted=bool(controls.allowed),
+            no_stop_below=start + controls.min_tokens,
+            repetition=controls.repetition,
+            frequency=controls.frequency,
+            presence=controls.presence,
+        )
+        ids, bias = zip(*controls.bias, strict=True) if controls.bias else ((), ())
+        self.generation += self.set_lists(
+            slot,
+            allowed_bits=bits_of(controls.allowed),
+            phrases=padded(controls.phrases),
+            stop_ids=np.array(controls.stop_ids, np.int64),
+            bias_ids=np.array(ids, np.int64),
+            bias=np.array(bias, np.float32),
+            logprob_ids=np.array(canvas.logprob_ids, np.int64),
+        )
+
     def _grow(self, num_slots: int, length: int) -> None:
         old_slots, old_length = self.tokens.shape if self.generation else (0, 0)
         num_slots = max(num_slots, old_slots)
@@ -168,3 +249,18 @@ class CanvasStore(Slots):
             self.grow(num_slots, length, self.device)
             self.generation += 1
             self._free.extend(range(old_slots, num_slots))
+
+
+def bits_of(ids: Sequence[int]) -> np.ndarray:
+    """int32 words in which the bits of these numbers are set."""
+    bits = np.zeros(-(-(max(ids, default=-1) + 1) // 32) * 32, np.uint8)
+    bits[list(ids)] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+def padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """The rows as one int64 array, short ones with -1 behind them."""
+    array = np.full((len(rows), max(map(len, rows), default=0)), -1, np.int64)
+    for line, row in zip(array, rows, strict=True):
+        line[: len(row)] = row
+    return array

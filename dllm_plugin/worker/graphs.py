@@ -12,6 +12,7 @@ from vllm.config import VllmConfig
 from dllm_plugin.settings import settings_of
 from dllm_plugin.worker.batch import Layout, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
+from dllm_plugin.worker.summary import StepNumbers
 
 MOST_TOKENS = 1024  # with more the GPU is busy for longer than the launches take
 MOST_GRAPHS = 64
@@ -19,17 +20,17 @@ MOST_SEEN = 4096
 
 logger = logging.getLogger("vllm." + __name__)
 
-Step = Callable[[StepBatch], torch.Tensor]
+Step = Callable[[StepBatch], StepNumbers]
 Shape = tuple
 
 
 @dataclass(slots=True)
 class Recorded:
-    """A graph, the batch whose tensors it reads, and the summary it writes. ``layout``: whose numbers are in the batch."""
+    """A graph, the batch whose tensors it reads, and the numbers it writes. ``layout``: whose numbers are in the batch."""
 
     batch: StepBatch
     layout: Layout
-    summary: torch.Tensor
+    numbers: StepNumbers
     replay: Callable[[], None]
 
     def load(self, batch: StepBatch) -> None:
@@ -88,20 +89,20 @@ class StepGraphs:
             self.seen.popitem(last=False)
         return None
 
-    def denoise(self, batch: StepBatch, shape: Shape) -> torch.Tensor:
-        """The step's summary."""
+    def denoise(self, batch: StepBatch, shape: Shape) -> StepNumbers:
+        """What the step tells."""
         if shape not in self.recorded:
             return self.record(batch, shape) if self.enabled else self.run(batch)
         recorded = self.recorded[shape]
         self.recorded.move_to_end(shape)
         recorded.load(batch)
         recorded.replay()
-        return recorded.summary.clone()
+        return recorded.numbers.clone()
 
-    def record(self, batch: StepBatch, shape: Shape) -> torch.Tensor:
+    def record(self, batch: StepBatch, shape: Shape) -> StepNumbers:
         """Run the step on tensors of its own, and then record the same for the steps to come."""
         own = copy.deepcopy(replace(batch, layout=without_host_numbers(batch.layout), windows=[]))
-        summary = self.run(own)  # compiles and loads the kernels too, which would break a recording
+        numbers = self.run(own)  # compiles and loads the kernels too, which would break a recording
         if len(self.recorded) == MOST_GRAPHS:
             self.recorded.popitem(last=False)
         try:
@@ -110,10 +111,10 @@ class StepGraphs:
             logger.warning("No more CUDA graphs, steps are launched kernel by kernel from now on: %s", error)
             self.enabled = False
             self.forget()
-        return summary
+        return numbers
 
-    def capture(self, batch: StepBatch) -> tuple[torch.Tensor, Callable[[], None]]:
-        """The summary's buffer, and a call that runs the step again."""
+    def capture(self, batch: StepBatch) -> tuple[StepNumbers, Callable[[], None]]:
+        """The buffers of what the step tells, and a call that runs the step again."""
         assert self.stream is not None  # `enabled` on a GPU alone
         graph = torch.cuda.CUDAGraph()
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -122,11 +123,11 @@ class StepGraphs:
         ):  # torch.cuda.graph() would also collect garbage, which takes longer than this
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
-                summary = self.run(batch)
+                numbers = self.run(batch)
             finally:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(self.stream)
-        return summary, graph.replay
+        return numbers, graph.replay
 
 
 def without_host_numbers(layout: Layout) -> Layout:

@@ -20,7 +20,8 @@ from vllm.v1.worker.utils import allocate_kv_cache
 
 from dllm_plugin.attention import DiffusionAttention, WindowBatch
 from dllm_plugin.kernels.confidence import STATISTICS, Choice, Confidence, confidence
-from dllm_plugin.kernels.edit import Rows, edit
+from dllm_plugin.kernels.edit import Rows as OpenRows
+from dllm_plugin.kernels.edit import edit
 from dllm_plugin.kernels.filter import filter_top_k_top_p
 from dllm_plugin.kernels.unmask import Unmasked, unmask
 from dllm_plugin.kernels.window_attention import Windows
@@ -29,12 +30,14 @@ from dllm_plugin.scheduler.output import DiffusionSchedulerOutput
 from dllm_plugin.scheduler.window import Window
 from dllm_plugin.settings import model_config_of, settings_of
 from dllm_plugin.worker.adapters import AdapterMixin
-from dllm_plugin.worker.batch import BatchBuilder, StepBatch
+from dllm_plugin.worker.batch import BatchBuilder, Needs, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
+from dllm_plugin.worker.controls import Surroundings, control
 from dllm_plugin.worker.graphs import StepGraphs
 from dllm_plugin.worker.progress import Progress
-from dllm_plugin.worker.ranking import RANKED_BY, RankedRows, given
-from dllm_plugin.worker.summary import Summary, summarize
+from dllm_plugin.worker.ranking import RANKED_BY, ChosenRows, RankedRows, given
+from dllm_plugin.worker.records import Rows, processed, score
+from dllm_plugin.worker.summary import StepNumbers, Summary, summarize
 
 # Rows of logits are computed in chunks of about this size, whatever the batch asks for.
 LOGITS_CHUNK_BYTES = 256 * 2**20
@@ -109,13 +112,15 @@ class DiffusionModelRunner(AdapterMixin):
             self.activate_adapters(batch)
         return Summary(batch, self.graphs.denoise(batch, shape) if shape else self.denoise(batch))
 
-    def denoise(self, batch: StepBatch) -> torch.Tensor:
-        """One step on the device, without a word from the host: forward, choose, edit, unmask, summarize."""
+    def denoise(self, batch: StepBatch) -> StepNumbers:
+        """One step on the device, without a word from the host: forward, choose, edit, unmask, tell."""
         hidden_states = self.forward(batch)
-        token, ranking = self.choose(hidden_states, batch)
-        num_edited = self.edit(batch, token, ranking)
-        unmasked = self.unmask(batch, token, ranking)
-        return summarize(batch, unmasked, num_edited, self.state)
+        choice = self.choose(hidden_states, batch)
+        rows = Rows(batch, self.state) if batch.layout.needs.records else None
+        num_edited = self.edit(batch, choice)
+        unmasked = self.unmask(batch, choice)
+        summary = summarize(batch, unmasked, num_edited, self.state)
+        return StepNumbers(summary, None if rows is None else rows.records(choice.ranking, choice.scores))
 
     def update_canvases(self, scheduler_output: DiffusionSchedulerOutput) -> None:
         pages = self.batches.pages
@@ -145,13 +150,34 @@ class DiffusionModelRunner(AdapterMixin):
         self.forward_context.attn_metadata = windows
         return override_forward_context(self.forward_context)
 
-    def choose(self, hidden_states: torch.Tensor, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token of every row, and the confidence its position is ranked by: ``[rows]`` each."""
+    def choose(self, hidden_states: torch.Tensor, batch: StepBatch) -> ChosenRows:
+        """Token of every row, and the confidence its position is ranked by."""
+        chosen = self.choose_beside(hidden_states, batch)
+        if "phrases" not in batch.layout.needs.controls:
+            return chosen
+        # of the rows that together complete a phrase the last one chooses again, and fits whatever the others hold
+        beside = self.written_by(batch, chosen.token)
+        again = Surroundings(batch, self.state, batch.slots[batch.row_request]).completed_by(beside)
+        if again.device.type == "cpu" and not again.any():
+            return chosen
+        return chosen.where(again, self.choose_beside(hidden_states, batch, beside))
+
+    def choose_beside(
+        self, hidden_states: torch.Tensor, batch: StepBatch, beside: torch.Tensor | None = None
+    ) -> ChosenRows:
         chunks = batch.split(self.rows_at_once)
-        parts = [self.rank(self.logits_of(hidden_states, rows), rows) for rows in chunks]
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat([token for token, _ in parts]), torch.cat([ranking for _, ranking in parts])
+        return ChosenRows.joined([self.rank(self.logits_of(hidden_states, rows), rows, beside) for rows in chunks])
+
+    def written_by(self, batch: StepBatch, token: torch.Tensor) -> torch.Tensor:
+        """``[slots * length]``: the tokens of rows that the step may write, -1 elsewhere."""
+        state, cell = self.state, batch.segments.row_cell
+        may_write = state.masked.view(-1)[cell]
+        if batch.edit_threshold is not None:
+            edits = batch.edit_threshold[batch.layout.place_block] < torch.inf
+            may_write |= edits & ~state.pinned.view(-1)[cell]
+        beside = torch.full_like(state.tokens.view(-1), -1)
+        beside[cell] = torch.where(may_write, token, -1)
+        return beside
 
     def logits_of(self, hidden_states: torch.Tensor, batch: StepBatch) -> torch.Tensor:
         """Logits of every row; guided ones are moved away from the logits that do not see the prompt.
@@ -168,9 +194,14 @@ class DiffusionModelRunner(AdapterMixin):
             logits = torch.where(guidance.guided[request][:, None], guided, logits)
         return logits
 
-    def rank(self, logits: torch.Tensor, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def rank(self, logits: torch.Tensor, batch: StepBatch, beside: torch.Tensor | None = None) -> ChosenRows:
         """Token and ranking confidence of every row, each by its own request's parameters."""
         state, needs, position = self.state, batch.layout.needs, batch.row_position
+        scored = logits
+        if needs.controls:
+            logits = control(logits, batch, state, beside)
+        elif needs.filters and self.scores_raw_logits:
+            scored = logits.clone()
         slot = batch.slots[batch.row_request] if needs.per_row else None
         no_choice = state.no_choice[slot] if needs.suppression else state.forbidden_mask.expand(len(position), 1)
         temperature = state.temperature[slot] if needs.sampling else None
@@ -191,7 +222,21 @@ class DiffusionModelRunner(AdapterMixin):
         ranking = RANKED_BY[first].value(rows)
         for name in others:
             ranking = torch.where(state.ranking[slot] == RANKINGS.index(name), RANKED_BY[name].value(rows), ranking)
-        return chosen.token, ranking
+        scores = None
+        if needs.num_logprobs >= 0:
+            scores = self.score(
+                scored if self.scores_raw_logits else processed(logits, choice), chosen.token, slot, needs
+            )
+        return ChosenRows(chosen.token, ranking, scores)
+
+    @property
+    def scores_raw_logits(self) -> bool:
+        return self.model_config.logprobs_mode.startswith("raw")
+
+    def score(self, x: torch.Tensor, token: torch.Tensor, slot: torch.Tensor | None, needs: Needs) -> torch.Tensor:
+        """What is told of each row's token (`records.score`), by vLLM's ``logprobs_mode``."""
+        given_ids = self.state.logprob_ids[given(slot)] if needs.logprob_ids else None
+        return score(x, token, needs.num_logprobs, given_ids, self.model_config.logprobs_mode.endswith("logprobs"))
 
     def choose_filtered(self, logits: torch.Tensor, choice: Choice, slot: torch.Tensor | None) -> Confidence:
         """`confidence` of what top-k and top-p leave; where it asks for it, with the statistics of all the logits."""
@@ -226,7 +271,7 @@ class DiffusionModelRunner(AdapterMixin):
             mine.masked_fill_(kept <= torch.finfo(kept.dtype).min, torch.finfo(mine.dtype).min / 2)
             logits[rows] = mine.masked_fill_(kept.isneginf(), -torch.inf)
 
-    def edit(self, batch: StepBatch, token: torch.Tensor, probability: torch.Tensor) -> torch.Tensor | None:
+    def edit(self, batch: StepBatch, chosen: ChosenRows) -> torch.Tensor | None:
         """Replace tokens of open blocks that the model would not choose again; how many, ``[blocks]``, where any may be.
 
         The policies of the blocks that edit rank by probability.
@@ -235,17 +280,17 @@ class DiffusionModelRunner(AdapterMixin):
             return None
         state, cell = self.state, batch.segments.row_cell
         is_open = ~(state.masked.view(-1)[cell] | state.pinned.view(-1)[cell])
-        rows = Rows(cell, is_open, batch.layout.place_block, token, probability)
+        rows = OpenRows(cell, is_open, batch.layout.place_block, chosen.token, chosen.ranking)
         return edit(state.tokens, rows, batch.edit_threshold)
 
-    def unmask(self, batch: StepBatch, token: torch.Tensor, ranking: torch.Tensor) -> Unmasked:
+    def unmask(self, batch: StepBatch, chosen: ChosenRows) -> Unmasked:
         """Write the tokens of the best-ranked rows into their canvases."""
         state, segments = self.state, batch.segments
         if batch.layout.needs.random_order:
             block_request = batch.layout.block_request
             slot, timestep = batch.slots[block_request], batch.timestep[block_request].long()
             segments = replace(segments, alg_temp=state.alg_temp[slot], seed=state.seed[slot], timestep=timestep)
-        return unmask(state.tokens, state.masked, segments, token, ranking)
+        return unmask(state.tokens, state.masked, segments, chosen.token, chosen.ranking)
 
     # ---- what vLLM's workers ask of a model runner
 

@@ -1,8 +1,12 @@
 """How far requests come in the steps that are run: their summaries, read in order, and the runner's output made of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
-from dllm_plugin.scheduler.output import DiffusionModelRunnerOutput
+import numpy as np
+from vllm.v1.outputs import LogprobsLists
+
+from dllm_plugin.scheduler.output import DiffusionModelRunnerOutput, Record
 from dllm_plugin.scheduler.window import Window
 from dllm_plugin.worker.batch import Layout
 from dllm_plugin.worker.canvas import CanvasStore
@@ -20,6 +24,10 @@ class Progress:
         self.num_masked: list[list[list[int]]] = [[] for _ in self.requests]  # by step and block
         self.eos_is_taken: set[str] = set()
         self.num_edited: dict[str, int] = {}  # by the last step
+        self.written: list[list[list[Record]]] = [[] for _ in self.requests]  # by step
+        self.emitted: list[list[Record]] = [
+            [] for _ in self.requests
+        ]  # of tokens whose log-probabilities are asked for
 
     def read(self, summary: Summary, following: Mapping[str, Window] | None = None) -> bool:
         """Take in the next step's summary; returns whether a token ends a request.
@@ -28,6 +36,7 @@ class Progress:
         """
         report, batch = summary.wait(), summary.batch
         first_block, ended = 0, False
+        self._keep(report.records)
         for i, (request, window) in enumerate(zip(self.requests, batch.windows, strict=True)):
             blocks = slice(first_block, first_block + len(window.blocks))
             first_block = blocks.stop
@@ -43,6 +52,7 @@ class Progress:
                 first_new = request.emitted - batch.emitted_before[i]
                 new = report.tokens[i][first_new : first_new + num_new]
                 self.tokens[i] += new
+                self._tell(i, new)
                 request.emitted += num_new
                 ended = ended or request.emitted == window.settles_below or not request.canvas.ends_at.isdisjoint(new)
             self.num_emitted[i].append(num_new)
@@ -50,6 +60,23 @@ class Progress:
             taken = zip(self.layout.request_ids, report.eos_is_taken, strict=True)
             self.eos_is_taken = {request_id for request_id, is_taken in taken if is_taken}
         return ended
+
+    def _keep(self, records: Sequence[tuple[int, Record]]) -> None:
+        """Remember what was written in a step until it is emitted."""
+        for written in self.written:
+            written.append([])
+        for i, record in records:
+            self.written[i][-1].append(record)
+            self.requests[i].records[record.position] = record
+
+    def _tell(self, i: int, tokens: list[int]) -> None:
+        """Take the records of the next tokens of a request, which are emitted now."""
+        request = self.requests[i]
+        if request.canvas.num_logprobs < 0:
+            return
+        for position, token in enumerate(tokens, request.emitted):
+            record = request.records.pop(position, Record.of_given(position, token))
+            self.emitted[i].append(record)
 
     def with_masks_left(self, windows: dict[str, Window]) -> dict[str, Window]:
         """The windows of the next step, with the number of masks that the last one has left in their blocks."""
@@ -71,7 +98,8 @@ class Progress:
         }
 
     def output(self) -> DiffusionModelRunnerOutput:
-        request_ids = self.layout.request_ids
+        request_ids, needs = self.layout.request_ids, self.layout.needs
+        asked = [i for i, request in enumerate(self.requests) if request.canvas.params.trajectory]
         return DiffusionModelRunnerOutput(
             req_ids=list(request_ids),  # not the layout's own: the scheduler adds to it
             req_id_to_index={request_id: i for i, request_id in enumerate(request_ids)},
@@ -80,7 +108,20 @@ class Progress:
             num_masked=dict(zip(request_ids, self.num_masked, strict=True)),
             eos_is_taken=self.eos_is_taken,
             num_edited=self.num_edited,
+            written={request_ids[i]: self.written[i] for i in asked},
+            logprobs=logprobs_lists(self.emitted, needs.num_logprobs) if needs.num_logprobs >= 0 else None,
         )
+
+
+def logprobs_lists(records: list[list[Record]], num_others: int) -> LogprobsLists:
+    """vLLM's message of the emitted tokens of all requests; those that ask for nothing have none in it."""
+    flat = [record for one in records for record in one]
+    ids, logprobs = np.empty((len(flat), 1 + num_others), np.int32), np.empty((len(flat), 1 + num_others), np.float32)
+    for row, record in enumerate(flat):
+        missing = 1 + num_others - len(record.ids)  # beside a given token
+        ids[row], logprobs[row] = record.ids + record.ids[:1] * missing, record.logprobs + record.logprobs[:1] * missing
+    ranks = np.array([record.rank for record in flat], np.int64)
+    return LogprobsLists(ids, logprobs, ranks, [*accumulate(map(len, records), initial=0)][:-1])
 
 
 def settled_below(window: Window, masks_left: list[int], num_edited: int) -> int:

@@ -2,11 +2,34 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from dllm_plugin.kernels import philox
 from dllm_plugin.kernels.confidence import Confidence
+
+
+class ChosenRows(NamedTuple):
+    """Token of every row ``[rows]``, the confidence its position is ranked by, and what is told of it (`records.score`)."""
+
+    token: torch.Tensor
+    ranking: torch.Tensor
+    scores: torch.Tensor | None
+
+    @classmethod
+    def joined(cls, parts: list["ChosenRows"]) -> "ChosenRows":
+        if len(parts) == 1:
+            return parts[0]
+        scores = None if parts[0].scores is None else torch.cat([given(part.scores) for part in parts])
+        return cls(torch.cat([part.token for part in parts]), torch.cat([part.ranking for part in parts]), scores)
+
+    def where(self, rows: torch.Tensor, other: "ChosenRows") -> "ChosenRows":
+        """That of the ``other`` in these rows."""
+        scores = None if self.scores is None else torch.where(rows[:, None], given(other.scores), self.scores)
+        return ChosenRows(
+            torch.where(rows, other.token, self.token), torch.where(rows, other.ranking, self.ranking), scores
+        )
 
 
 @dataclass(frozen=True, slots=True)

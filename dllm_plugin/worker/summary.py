@@ -1,13 +1,17 @@
 """What a step tells the host: written on the device and read on the host by the same sizes."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
 from dllm_plugin.kernels.unmask import Unmasked
+from dllm_plugin.scheduler.output import Record
 from dllm_plugin.worker.batch import StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
+from dllm_plugin.worker.records import read_records
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +23,7 @@ class StepReport:
     tokens: list[list[int]]  # of each request: those from the first position that was not emitted, masks among them
     eos_is_taken: list[int]  # of each request: whether an active block holds EOS; empty where nobody asks
     num_edited: list[int]  # of each block: tokens that were replaced; empty where nobody asks
+    records: Sequence[tuple[int, Record]] = ()  # index of the request, and what is told of a token that was written
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +86,31 @@ def _eos_is_taken(batch: StepBatch, store: CanvasStore) -> torch.Tensor:
     return torch.zeros_like(batch.timestep).index_add_(0, layout.place_request, ends.int())
 
 
+class StepNumbers(NamedTuple):
+    """What a step tells, on the device: its summary, and float32 records of its rows (worker/records.py) where they are asked
+    for."""
+
+    summary: torch.Tensor
+    records: torch.Tensor | None
+
+    def clone(self) -> "StepNumbers":
+        return StepNumbers(self.summary.clone(), None if self.records is None else self.records.clone())
+
+
 class Summary:
     """The numbers of one step on their way to the host; `wait` has them, whatever was launched after the step."""
 
-    def __init__(self, batch: StepBatch, numbers: torch.Tensor) -> None:
+    def __init__(self, batch: StepBatch, numbers: StepNumbers) -> None:
         self.batch = batch
-        self.numbers = numbers.to("cpu", non_blocking=True)
+        self.summary = numbers.summary.to("cpu", non_blocking=True)
+        self.records = None if numbers.records is None else numbers.records.to("cpu", non_blocking=True)
         self.copied = None
-        if numbers.device.type == "cuda":
+        if numbers.summary.device.type == "cuda":
             self.copied = torch.cuda.Event()
             self.copied.record()
 
     def wait(self) -> StepReport:
         if self.copied is not None:
             self.copied.synchronize()
-        return SummarySizes.of(self.batch).read(self.numbers.tolist())
+        report = SummarySizes.of(self.batch).read(self.summary.tolist())
+        return report if self.records is None else replace(report, records=read_records(self.records.numpy()))
