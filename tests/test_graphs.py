@@ -4,6 +4,7 @@ There is no CUDA here: a recorded step is run again instead, on the tensors that
 was baked in, or a tensor that nobody loads, gives another token.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -20,6 +21,7 @@ from vllm.sampling_params import RequestOutputKind
 from dllm_plugin.worker import graphs
 from dllm_plugin.worker.batch import StepBatch
 from dllm_plugin.worker.graphs import StepGraphs
+from dllm_plugin.worker.summary import StepNumbers
 
 
 class Rerun(StepGraphs):
@@ -31,15 +33,17 @@ class Rerun(StepGraphs):
         super().__init__(of.run, of.store, runner.vllm_config)
         self.enabled = True
 
-    def capture(self, batch: StepBatch) -> tuple[torch.Tensor, Callable[[], None]]:
-        summary = torch.empty(0, dtype=torch.int64)
+    def capture(self, batch: StepBatch) -> tuple[StepNumbers, Callable[[], None]]:
+        records = torch.empty(0) if batch.layout.needs.records else None
+        numbers = StepNumbers(torch.empty(0, dtype=torch.int64), records)
 
         def replay() -> None:
             self.num_replays += 1
-            written = self.run(batch)
-            summary.resize_(written.shape).copy_(written)
+            for buffer, written in zip(numbers, self.run(batch), strict=True):
+                if buffer is not None:
+                    buffer.resize_(written.shape).copy_(written)
 
-        return summary, replay
+        return numbers, replay
 
 
 @pytest.fixture
@@ -123,6 +127,20 @@ def test_least_used_graphs_make_room(recording, monkeypatch):
         (output,), _ = drive(llm, [case.request])
         assert not difference(case, output)
         assert len(rerun.recorded) <= 2
+
+
+def test_memory_that_is_full_is_given_back(recording, monkeypatch):
+    """Each graph is made to look as if it took 8 bytes; two fit, and a third begins anew."""
+    llm, rerun = recording("dream")
+    reserved = itertools.count(step=8)
+    monkeypatch.setattr(Rerun, "reserved_bytes", property(lambda self: next(reserved)), raising=False)
+    rerun.most_bytes = 12
+    most = 0
+    for case in [case for case in test_parity.SHAPE_CASES if case.checkpoint == "dream"][::3] * 2:
+        (output,), _ = drive(llm, [case.request])
+        assert not difference(case, output)
+        most = max(most, len(rerun.recorded))
+    assert most == 2
 
 
 def test_canvases_that_move_take_their_graphs_with_them(recording):

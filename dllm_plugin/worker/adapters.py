@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from dllm_plugin.settings import settings_of
-from dllm_plugin.worker.batch import StepBatch
+from dllm_plugin.worker.batch import Layout, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
 
 # vLLM 0.32's LoRA kernels for CPU look a token without adapter up under index -1, which is the last adapter
@@ -25,6 +25,7 @@ class AdapterMixin(LoRAModelRunnerMixin):
 
     state: CanvasStore
     lora_config: LoRAConfig | None
+    active: tuple[Layout, int] | None = None  # what was told last
 
     def load_lora_model(self, model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
         config, lora = copy.copy(vllm_config), vllm_config.lora_config
@@ -47,11 +48,16 @@ class AdapterMixin(LoRAModelRunnerMixin):
 
     def reset_lora_state(self) -> None:
         super().reset_lora_state()
+        self.active = None
         if self.lora_config and current_platform.is_cpu():
             self.add_no_adapter()  # all are dropped
 
     def activate_adapters(self, batch: StepBatch) -> None:
         """Tell vLLM's LoRA layers which adapter each token, and each row of logits, belongs to."""
+        key = batch.layout, len(batch.row_request)
+        if batch.segments.skip_unmasked and key == self.active:
+            return  # all places of a layout have their rows
+        self.active = key
         adapters = [self.state.requests[request_id].canvas.lora_request for request_id in batch.request_ids]
         if current_platform.is_cpu() and any(adapters):
             adapters = [adapter or NO_ADAPTER for adapter in adapters]

@@ -39,6 +39,7 @@ class Needs:
     num_logprobs: int  # the most that a request asks to be told with a token; -1: nothing is told of tokens
     logprob_ids: bool
     trajectories: bool
+    adapters: bool
 
     @classmethod
     def of(cls, canvases: list[NewCanvas], windows: list[Window]) -> "Needs":
@@ -58,6 +59,7 @@ class Needs:
             num_logprobs=max((canvas.num_logprobs for canvas in canvases), default=-1),
             logprob_ids=any(canvas.logprob_ids for canvas in canvases),
             trajectories=any(canvas.params.trajectory for canvas in canvases),
+            adapters=any(canvas.lora_request for canvas in canvases),
         )
 
     @property

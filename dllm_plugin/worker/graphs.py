@@ -2,21 +2,25 @@
 
 import copy
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import GraphCaptureContext, get_tp_group
 
 from dllm_plugin.settings import settings_of
 from dllm_plugin.worker.batch import Layout, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
 from dllm_plugin.worker.summary import StepNumbers
 
-MOST_TOKENS = 1024  # with more the GPU is busy for longer than the launches take
+MOST_TOKENS = 8192  # with more the GPU is busy for far longer than the launches take, and shapes seldom come again
 MOST_GRAPHS = 64
 MOST_SEEN = 4096
+MEMORY_VARIABLE, MEMORY_MIB = "DLLM_PLUGIN_GRAPH_MIB", 4096
 
 logger = logging.getLogger("vllm." + __name__)
 
@@ -47,20 +51,27 @@ class StepGraphs:
     """Records the denoising step of a shape of batch when it comes for the second time, and replays it from then on.
 
     Whatever differs between two batches of one shape is read from tensors on the device, the canvases too, and every
-    place gets logits, masked or not. Graphs serve one CUDA device without adapters, as ``enforce_eager`` allows, and steps
-    of at most 1,024 tokens; sorting for top-k and top-p waits for the host and is left to the ordinary path.
+    place gets logits, masked or not. Graphs serve CUDA devices, as ``enforce_eager`` allows, and steps of at most 8,192 tokens;
+    sorting for top-k and top-p waits for the host and is left to the ordinary path. The ranks of a group record at the same
+    step, since they are given the same windows, and vLLM's all-reduces become a part of the graph.
+
+    All graphs share one pool of memory, at most ``DLLM_PLUGIN_GRAPH_MIB`` MiB of it: where it is full all are dropped.
     """
 
     def __init__(self, denoise: Step, store: CanvasStore, vllm_config: VllmConfig) -> None:
         self.run = denoise
         self.store = store
         on_gpu = store.device.type == "cuda"
-        self.enabled = (
-            on_gpu
-            and settings_of(vllm_config).records_graphs
-            and vllm_config.parallel_config.world_size == 1
-            and vllm_config.lora_config is None
-        )
+        self.most_bytes = int(os.environ.get(MEMORY_VARIABLE, MEMORY_MIB)) << 20
+        self.enabled = on_gpu and settings_of(vllm_config).records_graphs and self.most_bytes > 0
+        self.num_ranks = vllm_config.parallel_config.tensor_parallel_size
+        if self.enabled:
+            logger.info(
+                "Denoising steps of at most %d tokens are recorded as CUDA graphs, in at most %d MiB (%s)",
+                MOST_TOKENS,
+                self.most_bytes >> 20,
+                MEMORY_VARIABLE,
+            )
         self.stream = torch.cuda.Stream() if on_gpu else None  # one, or graphs would not share memory
         self.layout: Layout | None = None  # asked for last, and its shape
         self.shape: Shape = ()
@@ -71,6 +82,7 @@ class StepGraphs:
     def forget(self) -> None:
         """Drop all graphs, whose canvases have moved, and their memory with them."""
         self.recorded.clear()
+        self.num_bytes = 0
         self.generation = self.store.generation
         self.pool = torch.cuda.graph_pool_handle() if self.store.device.type == "cuda" else None
 
@@ -99,14 +111,23 @@ class StepGraphs:
         recorded.replay()
         return recorded.numbers.clone()
 
+    @property
+    def reserved_bytes(self) -> int:
+        return torch.cuda.memory_reserved() if self.stream is not None else 0
+
     def record(self, batch: StepBatch, shape: Shape) -> StepNumbers:
         """Run the step on tensors of its own, and then record the same for the steps to come."""
         own = copy.deepcopy(replace(batch, layout=without_host_numbers(batch.layout), windows=[]))
         numbers = self.run(own)  # compiles and loads the kernels too, which would break a recording
+        if self.num_bytes > self.most_bytes:
+            logger.info("CUDA graphs have reached %d MiB (%s): begun anew", self.num_bytes >> 20, MEMORY_VARIABLE)
+            self.forget()
         if len(self.recorded) == MOST_GRAPHS:
             self.recorded.popitem(last=False)
         try:
+            before = self.reserved_bytes
             self.recorded[shape] = Recorded(own, batch.layout, *self.capture(own))
+            self.num_bytes += self.reserved_bytes - before
         except RuntimeError as error:  # no memory left, say; the step itself has run
             logger.warning("No more CUDA graphs, steps are launched kernel by kernel from now on: %s", error)
             self.enabled = False
@@ -118,9 +139,10 @@ class StepGraphs:
         assert self.stream is not None  # `enabled` on a GPU alone
         graph = torch.cuda.CUDAGraph()
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(
-            self.stream
-        ):  # torch.cuda.graph() would also collect garbage, which takes longer than this
+        # in it ranks agree on the buffers that their all-reduces read
+        ranks = get_tp_group().graph_capture(GraphCaptureContext(self.stream)) if self.num_ranks > 1 else nullcontext()
+        # torch.cuda.graph() would also collect garbage, which takes longer than this
+        with torch.cuda.stream(self.stream), ranks:
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 numbers = self.run(batch)
