@@ -36,7 +36,6 @@ SEED_LIMIT = 2**63  # that of HTTP requests; the seeds of further completions, s
 UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("min_p", (0, 0.0), "use top_p or top_k"),
     ("prompt_logprobs", (None,), "leave it out"),
-    ("structured_outputs", (None,), "leave it out"),
     ("prompt_logprob_token_ids", (), "leave it out"),
     ("thinking_token_budget", (None,), "leave it out"),
     ("watermarking", (None, False), "leave it out"),
@@ -99,6 +98,11 @@ def check_sampling_params(sampling_params: SamplingParams, settings: EngineSetti
         )
     check_fields(sampling_params)
     extras, max_tokens = sampling_params.extra_args, sampling_params.max_tokens
+    if sampling_params.structured_outputs is not None and isinstance(extras, dict) and extras.get("diffusion_template"):
+        raise ValueError(
+            f"structured_outputs and diffusion_template={extras['diffusion_template']!r:.80} exclude each other: a grammar takes "
+            "tokens from the first one on, and a template pins later ones; leave one of them out"
+        )
     check_request(extras, max_tokens, settings.vocab_size, settings.max_model_len, settings.defaults)
     try:  # extras of others, and what was set on the object after vLLM had checked it
         msgspec.msgpack.decode(msgspec.msgpack.encode(sampling_params), type=SamplingParams)

@@ -76,9 +76,13 @@ class BlockCausalPlan(Plan):
         """Behind it nothing is emitted, though its block is denoised to the end."""
         return min(self.limit, self.prompt_length + len(self.params.template)) if self.params.template else self.limit
 
+    @property
+    def restart_position(self) -> int:
+        """What was emitted before a preemption is not denoised again, but for the block that was open."""
+        return max(self.canvas_start, self.emitted // self.block_length * self.block_length)
+
     def _begin_canvas(self) -> None:
-        # what was emitted before a preemption is not denoised again, but for the block that was open
-        self.canvas_start = max(self.canvas_start, self.emitted // self.block_length * self.block_length)
+        self.canvas_start = self.restart_position
         self._holes = [self.canvas_start + i for i, token in enumerate(self.canvas_ids) if token == HOLE]
         self._begin_block(self.canvas_start)
 
@@ -131,6 +135,10 @@ class BlockCausalPlan(Plan):
         self._stage_timestep = 0
         if not self._stages or self.steps_are_spent:
             self._begin_block(self._end)
+
+    def _recount(self, position: int, change: int) -> None:
+        stage = self._stages[0]
+        self._stages[0] = stage._replace(num_masked=stage.num_masked + change)
 
     def look_ahead(self, most: int, reserved: int = sys.maxsize) -> list[Window]:
         assert self.window is not None

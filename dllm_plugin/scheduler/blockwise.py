@@ -81,6 +81,9 @@ class BlockwisePlan(Plan):
         elif self._num_masked == 0:
             self._begin_block(self._block + 1)
 
+    def _recount(self, position: int, change: int) -> None:
+        self._num_masked += change
+
     def _passes(self) -> Iterator[tuple[int, int, int]]:
         """The forward passes of the active block from now on: timestep in the block, masks before it, quota.
 
@@ -154,4 +157,5 @@ class BlockwisePlan(Plan):
             return 1
         if self._unmasked_in:
             return bisect_right(self._unmasked_in, timestep) - (len(self._unmasked_in) - num_masked)
-        return even_quota(self._masks[self._block], timestep, self._steps[self._block])
+        # beyond the schedule is where a grammar has refused what was unmasked
+        return max(1, even_quota(self._masks[self._block], timestep, self._steps[self._block]))

@@ -78,6 +78,9 @@ class D2FPlan(Plan):
         self._open = [block for block in self._open if block.end > self._cached_until]
         self._open_blocks()
 
+    def _recount(self, position: int, change: int) -> None:
+        next(block for block in self._open if block.start <= position < block.end).num_masked += change
+
     def _next_window(self) -> Window | None:
         active = [block for block in self._open if block.num_masked]
         if not active:

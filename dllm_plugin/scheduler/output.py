@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
@@ -34,6 +35,22 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
+class GrammarStep:
+    """What a grammar asks of the next step of a request.
+
+    ``emitted``: positions below it are emitted; the worker had counted those that the grammar refused. ``forced``: tokens by
+    position that are written before the step, ``again``: positions that are masked again. ``hole``: the first masked position,
+    for which ``mask`` has int32 words with a bit for each token that may stand there; None: any may.
+    """
+
+    emitted: int
+    forced: dict[int, int]
+    again: tuple[int, ...]
+    hole: int
+    mask: np.ndarray | None
+
+
+@dataclass(frozen=True, slots=True)
 class NewCanvas:
     """The message that begins a canvas: what to lay out after ``token_ids``, and how it is to be decoded.
 
@@ -41,6 +58,7 @@ class NewCanvas:
     token. ``suffix_ids``: what stands behind. ``num_emitted``: tokens of this canvas that were emitted before a
     preemption made it begin again. ``eos_token_id``: the EOS that ends the response, -1 if none does; ``ends_at``: all
     tokens that do. ``seed``: signed 64 bits, the same on every rank. ``answer_start``: length of the prompt.
+    ``has_grammar``: each step comes with a `GrammarStep`.
     ``num_logprobs``: how many of the likeliest tokens are told with each token, -1 if nothing is told of it; ``logprob_ids``: the
     tokens that are told instead.
     """
@@ -61,6 +79,7 @@ class NewCanvas:
     controls: Controls
     num_logprobs: int = -1
     logprob_ids: tuple[int, ...] = ()
+    has_grammar: bool = False
 
 
 @dataclass
@@ -74,6 +93,7 @@ class DiffusionSchedulerOutput(SchedulerOutput):
 
     new_canvases: dict[str, NewCanvas] = field(default_factory=dict)
     steps: list[dict[str, Window]] = field(default_factory=list)
+    grammar: dict[str, GrammarStep] = field(default_factory=dict)
 
 
 @dataclass

@@ -43,6 +43,7 @@ class Plan(ABC):
         self.canvas_start = self.canvas_end = prompt_length
         self.timestep = self.num_passes = self.num_cached = 0
         self.window: Window | None = None
+        self.known: list[int] = []  # tokens that the canvas begins with where it is laid out again
 
     @property
     def canvas_length(self) -> int:
@@ -65,7 +66,7 @@ class Plan(ABC):
     @property
     def canvas_ids(self) -> list[int]:
         """The canvas as it is laid out: a pinned token or a hole for each position."""
-        pinned = list(self.params.template[self.canvas_start - self.prompt_length :])
+        pinned = self.known or list(self.params.template[self.canvas_start - self.prompt_length :])
         return pinned + [HOLE] * (self.canvas_length - len(pinned))
 
     @property
@@ -81,16 +82,26 @@ class Plan(ABC):
 
     def start_canvas(self) -> None:
         """Lay out a canvas of masks after everything that is final."""
-        length = self.next_canvas_length
+        length, self.known = self.next_canvas_length, []
         self.canvas_start, self.canvas_end = self.canvas_end, self.canvas_end + length
         self._counts_at_start = self.timestep, self.num_passes
         self._begin_canvas()
         self.window = self._next_window()
 
+    @property
+    def restart_position(self) -> int:
+        """Where the canvas begins that `restart_canvas` lays out."""
+        return self.canvas_start
+
     def restart_canvas(self) -> None:
         """Go back to the canvas as it was laid out: the same steps give the same tokens again (after preemption)."""
         self.timestep, self.num_passes = self._counts_at_start
         self._begin_canvas()
+        self.window = self._next_window()
+
+    def recount(self, position: int, change: int) -> None:
+        """Record that the block of a position has so many masks more, without a forward pass; it is not filled by that."""
+        self._recount(position, change)
         self.window = self._next_window()
 
     def look_ahead(self, most: int, reserved: int = sys.maxsize) -> list[Window]:
@@ -143,6 +154,9 @@ class Plan(ABC):
 
     @abstractmethod
     def _begin_canvas(self) -> None: ...
+
+    @abstractmethod
+    def _recount(self, position: int, change: int) -> None: ...
 
     @abstractmethod
     def _next_window(self) -> Window | None:

@@ -27,7 +27,14 @@ from dllm_plugin.controls import Controls
 from dllm_plugin.kernels import philox
 from dllm_plugin.metrics import Event, write_trajectory
 from dllm_plugin.params import DiffusionParams, parse_request
-from dllm_plugin.scheduler.output import DiffusionModelRunnerOutput, DiffusionSchedulerOutput, NewCanvas, Record
+from dllm_plugin.scheduler.grammar import Constraint
+from dllm_plugin.scheduler.output import (
+    DiffusionModelRunnerOutput,
+    DiffusionSchedulerOutput,
+    GrammarStep,
+    NewCanvas,
+    Record,
+)
 from dllm_plugin.scheduler.plan import Plan
 from dllm_plugin.scheduler.strategies import make_plan
 from dllm_plugin.scheduler.turns import Turns
@@ -52,10 +59,13 @@ class Denoising:
     shares_pages: bool  # other requests may read the keys and values of its prefix, and it theirs
     reserved: int = 0  # positions that have pages
     shared: int = 0  # positions whose full pages others can find
+    constraint: Constraint | None = None
     trajectory: list[Event] = field(default_factory=list)  # kept where the request asks for it
 
     def record(self, num_prompt: int, written: Sequence[Sequence[Record]]) -> None:
         """Add what the next forward passes wrote."""
+        if not self.plan.params.trajectory:
+            return
         for number, records in enumerate(written, self.plan.num_passes):
             self.trajectory += [
                 Event(number, each.position - num_prompt, each.token, each.confidence) for each in records
@@ -136,13 +146,38 @@ class DiffusionScheduler(Scheduler):
                 plan.start_canvas()
                 canvases[req_id] = self._new_canvas(self.requests[req_id])
             elif req_id in begun:
+                self._recall(req_id)
                 plan.restart_canvas()
                 self.denoising[req_id].forget_from(plan.num_passes)
                 canvases[req_id] = self._new_canvas(self.requests[req_id])
-        windows = {req_id: self._window(req_id) for req_id in self._take_turns(output)}
+        served = self._take_turns(output)
+        grammar = self._lay_grammars(served)
+        windows = {req_id: self._window(req_id) for req_id in served}
         steps = self._look_ahead(windows)
         self._scheduled_at = time.monotonic()
-        return DiffusionSchedulerOutput(**vars(output), new_canvases=canvases, steps=steps)
+        return DiffusionSchedulerOutput(**vars(output), new_canvases=canvases, steps=steps, grammar=grammar)
+
+    def _recall(self, req_id: str) -> None:
+        """Have a canvas under a grammar begin with what was emitted of it: the matcher does not go back."""
+        denoising, request = self.denoising[req_id], self.requests[req_id]
+        if denoising.constraint is not None:
+            denoising.constraint.unmasked.clear()
+            denoising.constraint.refused = None
+            denoising.plan.known = request.all_token_ids[denoising.plan.restart_position :]
+
+    def _lay_grammars(self, req_ids: list[str]) -> dict[str, GrammarStep]:
+        """What grammars ask of the next step; their plans know of it."""
+        asked = {}
+        for req_id in req_ids:
+            denoising, window = self.denoising[req_id], self._window(req_id)
+            if denoising.constraint is not None and window.blocks:
+                asked[req_id], changes = denoising.constraint.lay(denoising.plan.emitted, window.blocks[0])
+                for position, change in changes.items():
+                    denoising.plan.recount(position, change)
+        return asked
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> None:
+        """Nothing: masks travel with the windows, and `execute_model` chooses tokens itself."""
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -159,12 +194,23 @@ class DiffusionScheduler(Scheduler):
                 num_masked = model_runner_output.num_masked[req_id]
                 num_emitted = model_runner_output.num_emitted[req_id]
                 denoising.record(self.requests[req_id].num_prompt_tokens, model_runner_output.written.get(req_id, ()))
+                refused = None
+                if denoising.constraint is not None:
+                    tokens = self._accept(req_id, i, scheduler_output, model_runner_output)
+                    model_runner_output.sampled_token_ids[i], num_emitted[-1] = tokens, len(tokens)
+                    refused = denoising.constraint.refused
+                    for number, block in enumerate(scheduler_output.steps[0][req_id].blocks):
+                        if refused is not None and block.start <= refused < block.end:
+                            num_masked[-1][number] += 1
+                            refused = None
                 denoising.plan.advance_through(
                     num_masked,
-                    req_id in model_runner_output.eos_is_taken,
+                    req_id in model_runner_output.eos_is_taken and denoising.constraint is None,
                     num_emitted,
                     model_runner_output.num_edited[req_id],
                 )
+                if refused is not None:  # in a block that was filled before this step
+                    denoising.plan.recount(refused, 1)
                 self._share_pages(req_id)
                 if req_id in self.grammar_compile_error_reqs:  # vLLM ends it with an error; nothing else may
                     model_runner_output.sampled_token_ids[i] = []
@@ -178,6 +224,26 @@ class DiffusionScheduler(Scheduler):
                     self._record_steps(self.requests[req_id])
             model_runner_output.add_idle(scheduler_output.num_scheduled_tokens)
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _accept(
+        self, req_id: str, index: int, scheduled: DiffusionSchedulerOutput, output: DiffusionModelRunnerOutput
+    ) -> list[int]:
+        """The tokens of a step that the request's grammar takes."""
+        denoising, tokens = self.denoising[req_id], output.sampled_token_ids[index]
+        assert denoising.constraint is not None
+        for written in output.written[req_id]:
+            denoising.constraint.keep(written)
+        accepted = denoising.constraint.accept(tokens, denoising.plan.emitted)
+        step = scheduled.grammar.get(req_id)  # a chunk of a prompt has none
+        if step is not None and step.mask is not None and step.hole >= denoising.plan.emitted + len(accepted):
+            end_with_error(
+                self,
+                req_id,
+                "no token is left at the next position of the answer: the grammar excludes what the other sampling parameters "
+                "allow; leave one of them out",
+                unforeseen=False,
+            )
+        return accepted
 
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
@@ -236,6 +302,8 @@ class DiffusionScheduler(Scheduler):
 
     def _begin_denoising(self, request: Request, params: DiffusionParams) -> Denoising:
         """Plan and seed of a request. Raises ValueError for what only prompt, tokenizer and vocabulary can tell."""
+        if request.use_structured_output:
+            params = replace(params, edit_threshold=None)  # what the grammar has accepted stays
         if request.resumable:
             raise ValueError("a session of streamed prompts is not supported; send one prompt a request")
         if type(request.priority) is not int:  # the queue could not compare it
@@ -257,7 +325,11 @@ class DiffusionScheduler(Scheduler):
                 f"diffusion_template leave no room"
             )
         sampling = sampling_of(request)
-        watched = sampling.output_kind != RequestOutputKind.FINAL_ONLY or sampling.stop or sampling.repetition_detection
+        watched = (
+            sampling.output_kind != RequestOutputKind.FINAL_ONLY
+            or bool(sampling.stop or sampling.repetition_detection)
+            or request.use_structured_output
+        )
         seed = self._draw_seed(63) if sampling.seed is None else philox.signed_64_bits(sampling.seed)
         return Denoising(
             plan=make_plan(
@@ -274,6 +346,7 @@ class DiffusionScheduler(Scheduler):
             seed=seed,
             unwatched=not watched,
             # keys and values of other blocks are others
+            constraint=Constraint(request, self.structured_output_manager) if request.use_structured_output else None,
             shares_pages=self.kv_cache_manager.enable_caching
             and params.block_length == self.settings.defaults.block_length,
         )
@@ -356,6 +429,7 @@ class DiffusionScheduler(Scheduler):
             controls=Controls.of(sampling),
             num_logprobs=self._num_logprobs(sampling),
             logprob_ids=tuple(sampling.logprob_token_ids or ()),
+            has_grammar=denoising.constraint is not None,
         )
 
     def _num_logprobs(self, sampling: SamplingParams) -> int:

@@ -40,6 +40,7 @@ class Needs:
     logprob_ids: bool
     trajectories: bool
     adapters: bool
+    grammar: bool
 
     @classmethod
     def of(cls, canvases: list[NewCanvas], windows: list[Window]) -> "Needs":
@@ -60,6 +61,7 @@ class Needs:
             logprob_ids=any(canvas.logprob_ids for canvas in canvases),
             trajectories=any(canvas.params.trajectory for canvas in canvases),
             adapters=any(canvas.lora_request for canvas in canvases),
+            grammar=any(canvas.has_grammar for canvas in canvases),
         )
 
     @property
@@ -74,7 +76,7 @@ class Needs:
     @property
     def records(self) -> bool:
         """Whether something is told of each token that is written (worker/records.py)."""
-        return self.num_logprobs >= 0 or self.trajectories
+        return self.num_logprobs >= 0 or self.trajectories or self.grammar
 
     @property
     def edits(self) -> bool:
@@ -83,7 +85,9 @@ class Needs:
     @property
     def per_row(self) -> bool:
         """False where all rows are chosen and ranked alike."""
-        return self.noise or self.filters or self.suppression or self.logprob_ids or len(self.rankings) > 1
+        return (
+            self.noise or self.filters or self.suppression or self.logprob_ids or self.grammar or len(self.rankings) > 1
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +152,15 @@ class StepBatch:
     row_token: torch.Tensor  # [rows] int64
     row_position: torch.Tensor  # [rows] int64
     row_request: torch.Tensor  # [rows] int64
-    numbers: torch.Tensor  # int32, the next two end to end, the segments' quotas, and the row starts where they change
+    # int32, the next two end to end, the segments' quotas, the holes, and the row starts where they change
+    numbers: torch.Tensor
     timestep: torch.Tensor  # [requests]
     first_open: torch.Tensor  # [requests], index in the flattened store of the first position that is not emitted
     floats: torch.Tensor  # float32 [needs.block_floats, blocks]
     segments: Segments  # the blocks and their rows, without what orders them at random
     edit_threshold: torch.Tensor | None  # [blocks] float32
+    hole: torch.Tensor  # [requests], index in the flattened store of the position that `grammar` is about, -1 for none
+    grammar: torch.Tensor | None  # [requests, words] int32, a bit for each token that may stand there
 
     def split(self, most: int) -> Iterator["StepBatch"]:
         """Batches of at most so many of the rows each; this one where it has no more."""
@@ -185,6 +192,7 @@ class BatchBuilder:
         self.shift = shift
         self.pages: dict[str, list[int]] = {}
         self.page_size = 0
+        self.num_words = 0  # int32 with a bit for each column of the logits
         self._layout: Layout | None = None
 
     def lay_out(self, windows: dict[str, Window]) -> Layout:
@@ -213,10 +221,11 @@ class BatchBuilder:
             [window.timestep for window in steps],
             [request.slot * stride + request.emitted for request in requests],
             [block.quota for block in blocks],
+            [request.slot * stride + request.hole if request.grammar is not None else -1 for request in requests],
             row_loc,
         )
         numbers = pack(store.device, *lists, dtype=torch.int32)
-        timestep, first_open, quota, row_start_loc = numbers.split_with_sizes([len(part) for part in lists])
+        timestep, first_open, quota, hole, row_start_loc = numbers.split_with_sizes([len(part) for part in lists])
         if every_place:
             rows, row_start_loc = layout.places, layout.place_start_loc
         else:
@@ -252,7 +261,17 @@ class BatchBuilder:
                 skip_unmasked=every_place,
             ),
             edit_threshold=of_block.get("edit_threshold"),
+            hole=hole,
+            grammar=self._grammar_words(requests) if layout.needs.grammar else None,
         )
+
+    def _grammar_words(self, requests: list[Request]) -> torch.Tensor:
+        words = np.full((len(requests), self.num_words), -1, np.int32)
+        for row, request in zip(words, requests, strict=True):
+            if request.grammar is not None:
+                row[:] = 0
+                row[: len(request.grammar)] = request.grammar[: self.num_words]
+        return pack(self.store.device, words.ravel(), dtype=torch.int32).view(words.shape)
 
     def input_ids(self, layout: Layout) -> torch.Tensor:
         """``[tokens]`` int64, as the canvases are now."""

@@ -10,7 +10,7 @@ import torch
 from dllm_plugin.controls import Controls
 from dllm_plugin.params import HOLE
 from dllm_plugin.policies import POLICIES, RANKINGS
-from dllm_plugin.scheduler.output import NewCanvas, Record
+from dllm_plugin.scheduler.output import GrammarStep, NewCanvas, Record
 
 _MIN_SLOTS, _MIN_LENGTH = 16, 256
 NEUTRAL = Controls()
@@ -26,9 +26,9 @@ class Request:
     emitted: int  # every position below it is settled, and the user has its token
     has_pinned: bool
     serial: int
-    records: dict[int, Record] = field(
-        default_factory=dict
-    )  # by position: what is to be told when the token is emitted
+    records: dict[int, Record] = field(default_factory=dict)  # by position: what is told when the token is emitted
+    hole: int = -1  # the position that ``grammar`` is about, which has a bit for each token that may stand there
+    grammar: np.ndarray | None = None
 
 
 def _per_position(dtype: torch.dtype, fill: bool = False) -> dict[str, Any]:
@@ -179,6 +179,15 @@ class CanvasStore(Slots):
         self._set_decoding(slot, canvas)
         if canvas.controls != NEUTRAL or canvas.logprob_ids or slot in self._controlled:
             self._set_controls(slot, canvas, end)
+
+    def obey(self, request_id: str, step: GrammarStep) -> None:
+        """Write and mask again what a grammar asks for."""
+        request = self.requests[request_id]
+        request.emitted, request.hole, request.grammar = step.emitted, step.hole, step.mask
+        for position, token in [*step.forced.items(), *((position, self.mask_token_id) for position in step.again)]:
+            self.tokens[request.slot, position] = token
+            self.masked[request.slot, position] = position in step.again
+            request.records.pop(position, None)
 
     def free(self, request_id: str) -> None:
         """Give the request's slot back; a request without one is left alone."""

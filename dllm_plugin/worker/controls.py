@@ -21,6 +21,9 @@ def control(logits: Tensor, batch: StepBatch, state: CanvasStore, beside: Tensor
     """
     kinds, slot = batch.layout.needs.controls, batch.slots[batch.row_request]
     x = logits.to(torch.float32, copy=True)
+    if batch.grammar is not None:
+        allowed = unpacked(batch.grammar[batch.row_request], x.shape[1]) | ~is_hole(batch, state)[:, None]
+        x.masked_fill_(~allowed, -torch.inf)
     if "allowed" in kinds:
         x.masked_fill_(~is_allowed(x.shape[1], state, slot), -torch.inf)
     if "phrases" in kinds:
@@ -43,12 +46,19 @@ def control(logits: Tensor, batch: StepBatch, state: CanvasStore, beside: Tensor
 
 def is_allowed(vocab: int, state: CanvasStore, slot: Tensor) -> Tensor:
     """``[rows, vocab]`` bool."""
-    words = state.allowed_bits[slot]
-    bits = (words[:, :, None] >> torch.arange(32, device=words.device)) & 1
-    allowed = torch.zeros(len(slot), vocab, dtype=torch.bool, device=words.device)
-    most = min(vocab, 32 * words.shape[1])
-    allowed[:, :most] = bits.view(len(slot), -1)[:, :most] > 0
-    return allowed | ~state.is_restricted[slot][:, None]
+    return unpacked(state.allowed_bits[slot], vocab) | ~state.is_restricted[slot][:, None]
+
+
+def is_hole(batch: StepBatch, state: CanvasStore) -> Tensor:
+    """``[rows]``: the first masked position of a request under a grammar."""
+    cell = batch.slots[batch.row_request] * state.tokens.shape[1] + batch.row_position
+    return cell == batch.hole[batch.row_request]
+
+
+def unpacked(words: Tensor, columns: int) -> Tensor:
+    """bool ``[rows, columns]`` of the bits of int32 ``words``; False behind them."""
+    bits = ((words[:, :, None] >> torch.arange(32, device=words.device)) & 1).flatten(1)[:, :columns] > 0
+    return torch.nn.functional.pad(bits, (0, columns - bits.shape[1]))
 
 
 def forbid(x: Tensor, ids: Tensor, applies: Tensor) -> None:

@@ -15,6 +15,7 @@ from vllm.distributed.parallel_state import GraphCaptureContext, get_tp_group
 from dllm_plugin.settings import settings_of
 from dllm_plugin.worker.batch import Layout, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
+from dllm_plugin.worker.ranking import given
 from dllm_plugin.worker.summary import StepNumbers
 
 MOST_TOKENS = 8192  # with more the GPU is busy for far longer than the launches take, and shapes seldom come again
@@ -45,6 +46,8 @@ class Recorded:
                 target.copy_(source)
         self.batch.numbers.copy_(batch.numbers)
         self.batch.floats.copy_(batch.floats)
+        if batch.grammar is not None:
+            given(self.batch.grammar).copy_(batch.grammar)
 
 
 class StepGraphs:

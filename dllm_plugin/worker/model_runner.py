@@ -32,7 +32,7 @@ from dllm_plugin.settings import model_config_of, settings_of
 from dllm_plugin.worker.adapters import AdapterMixin
 from dllm_plugin.worker.batch import BatchBuilder, Needs, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
-from dllm_plugin.worker.controls import Surroundings, control
+from dllm_plugin.worker.controls import Surroundings, control, is_hole
 from dllm_plugin.worker.graphs import StepGraphs
 from dllm_plugin.worker.progress import Progress
 from dllm_plugin.worker.ranking import RANKED_BY, ChosenRows, RankedRows, given
@@ -137,6 +137,8 @@ class DiffusionModelRunner(AdapterMixin):
                 pages[request_id] += block_ids[0]
         for request_id, canvas in scheduler_output.new_canvases.items():
             self.state.begin(request_id, canvas)
+        for request_id, step in scheduler_output.grammar.items():
+            self.state.obey(request_id, step)
 
     def forward(self, batch: StepBatch) -> torch.Tensor:
         """Hidden states ``[tokens, hidden_size]``."""
@@ -198,7 +200,7 @@ class DiffusionModelRunner(AdapterMixin):
         """Token and ranking confidence of every row, each by its own request's parameters."""
         state, needs, position = self.state, batch.layout.needs, batch.row_position
         scored = logits
-        if needs.controls:
+        if needs.controls or needs.grammar:
             logits = control(logits, batch, state, beside)
         elif needs.filters and self.scores_raw_logits:
             scored = logits.clone()
@@ -222,6 +224,10 @@ class DiffusionModelRunner(AdapterMixin):
         ranking = RANKED_BY[first].value(rows)
         for name in others:
             ranking = torch.where(state.ranking[slot] == RANKINGS.index(name), RANKED_BY[name].value(rows), ranking)
+        if needs.grammar:
+            # it is unmasked in every step; its entropy must not count, and no other one is below 0
+            by_entropy = state.ranking[given(slot)] == RANKINGS.index("negative_entropy")
+            ranking = torch.where(is_hole(batch, state), torch.where(by_entropy, 1e-6, torch.inf), ranking)
         scores = None
         if needs.num_logprobs >= 0:
             scores = self.score(
@@ -305,6 +311,7 @@ class DiffusionModelRunner(AdapterMixin):
         self.model_memory_usage = memory.consumed_memory
         # one for all steps: making it takes as long as choosing tokens does
         self.forward_context = create_forward_context(None, self.vllm_config)
+        self.batches.num_words = -(-self.model.num_embeddings // 32)
         self.rows_at_once = max(1, LOGITS_CHUNK_BYTES // (self.model.num_embeddings * self.model_config.dtype.itemsize))
 
     def reload_weights(

@@ -75,7 +75,7 @@ class Progress:
         if request.canvas.num_logprobs < 0:
             return
         for position, token in enumerate(tokens, request.emitted):
-            record = request.records.pop(position, Record.of_given(position, token))
+            record = request.records.get(position, Record.of_given(position, token))
             self.emitted[i].append(record)
 
     def with_masks_left(self, windows: dict[str, Window]) -> dict[str, Window]:
@@ -99,7 +99,8 @@ class Progress:
 
     def output(self) -> DiffusionModelRunnerOutput:
         request_ids, needs = self.layout.request_ids, self.layout.needs
-        asked = [i for i, request in enumerate(self.requests) if request.canvas.params.trajectory]
+        canvases = [request.canvas for request in self.requests]
+        asked = [i for i, canvas in enumerate(canvases) if canvas.params.trajectory or canvas.has_grammar]
         return DiffusionModelRunnerOutput(
             req_ids=list(request_ids),  # not the layout's own: the scheduler adds to it
             req_id_to_index={request_id: i for i, request_id in enumerate(request_ids)},
