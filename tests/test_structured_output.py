@@ -107,7 +107,7 @@ def test_a_grammar_that_leaves_nothing_ends_its_request_alone():
 
 
 def test_a_template_beside_a_grammar_is_refused():
-    with pytest.raises(ValueError, match="structured_outputs and diffusion_template=.* exclude each other"):
+    with pytest.raises(ValueError, match=r"structured_outputs and diffusion_template=.* exclude each other"):
         ask("tiny-sdar", regex="[ab]{4}", extras={"template": [-1, 5, -1]})
 
 

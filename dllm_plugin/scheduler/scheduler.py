@@ -234,8 +234,9 @@ class DiffusionScheduler(Scheduler):
         for written in output.written[req_id]:
             denoising.constraint.keep(written)
         accepted = denoising.constraint.accept(tokens, denoising.plan.emitted)
-        step = scheduled.grammar.get(req_id)  # a chunk of a prompt has none
-        if step is not None and step.mask is not None and step.hole >= denoising.plan.emitted + len(accepted):
+        step, end = scheduled.grammar.get(req_id), scheduled.steps[0][req_id].settles_below
+        reached = denoising.plan.emitted + len(accepted)
+        if step is not None and step.mask is not None and reached <= step.hole < end:  # a chunk of a prompt has no step
             end_with_error(
                 self,
                 req_id,
