@@ -11,7 +11,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from dllm_plugin.compat import V2LogitsProcessor
-from dllm_plugin.params import check_request
+from dllm_plugin.params import check_request, parse_request
 from dllm_plugin.settings import EngineSettings
 
 
@@ -35,7 +35,6 @@ SEED_LIMIT = 2**63  # that of HTTP requests; the seeds of further completions, s
 # SamplingParams attribute, its neutral values, and what a user can do instead
 UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("min_p", (0, 0.0), "use top_p or top_k"),
-    ("prompt_logprobs", (None,), "leave it out"),
     ("prompt_logprob_token_ids", (), "leave it out"),
     ("thinking_token_budget", (None,), "leave it out"),
     ("watermarking", (None, False), "leave it out"),
@@ -104,6 +103,7 @@ def check_sampling_params(sampling_params: SamplingParams, settings: EngineSetti
             "tokens from the first one on, and a template pins later ones; leave one of them out"
         )
     check_request(extras, max_tokens, settings.vocab_size, settings.max_model_len, settings.defaults)
+    check_likelihood(sampling_params, settings)
     try:  # extras of others, and what was set on the object after vLLM had checked it
         msgspec.msgpack.decode(msgspec.msgpack.encode(sampling_params), type=SamplingParams)
     except Exception as error:
@@ -111,6 +111,29 @@ def check_sampling_params(sampling_params: SamplingParams, settings: EngineSetti
             f"sampling parameters must be what the engine's process can read: {str(error).rstrip('.')}, with "
             f"extra_args={extras!r:.200}; make them anew, of plain Python values"
         ) from error
+
+
+def check_likelihood(sampling_params: SamplingParams, settings: EngineSettings) -> None:
+    """Raise ValueError where the log-probabilities of the prompt cannot be those that the request's decoding goes by."""
+    asked = sampling_params.prompt_logprobs
+    if asked is None:
+        return
+    params = parse_request(sampling_params.extra_args, settings.defaults)
+    if params.strategy == "d2f":
+        raise ValueError(
+            "prompt_logprobs are of full or block-causal attention, got diffusion_strategy='d2f'; ask with "
+            "diffusion_strategy='full', or leave it out"
+        )
+    if params.cfg_scale > 0:
+        raise ValueError(
+            f"prompt_logprobs are without guidance, got diffusion_cfg_scale={params.cfg_scale!r}; set it to 0.0, or leave "
+            "prompt_logprobs out"
+        )
+    if params.likelihood_samples and asked != 0:
+        raise ValueError(
+            f"prompt_logprobs must be 0 with diffusion_likelihood_samples={params.likelihood_samples}, because each sample has "
+            f"likeliest tokens of its own, got {asked}; set diffusion_likelihood_samples to 0 for the exact chain"
+        )
 
 
 def is_step_of_beam_search(sampling_params: SamplingParams) -> bool:

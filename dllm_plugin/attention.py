@@ -15,6 +15,8 @@ from dllm_plugin.kernels.store_kv import split_kv_cache, store_kv
 from dllm_plugin.kernels.window_attention import PagedWindows, Windows, full_attention, window_attention
 from dllm_plugin.settings import model_config_of, settings_of
 
+COPIED_PAGE = 16  # positions in a page of a copy, as few as kernels take
+
 
 @dataclass(frozen=True, slots=True)
 class WindowBatch:
@@ -22,6 +24,8 @@ class WindowBatch:
 
     Tokens from ``first_stored`` on write their keys and values to ``slot_mapping`` ``[tokens - first_stored]`` int64,
     in each layer before its attention, so that a window sees all of its own.
+    ``copied`` ``[n]`` int64: nothing is kept. Pages are copies of so many positions of the cache each, numbered through it,
+    and it is these that windows and slots are of.
     """
 
     num_full_tokens: int
@@ -29,6 +33,7 @@ class WindowBatch:
     paged: PagedWindows | None = None
     first_stored: int = 0
     slot_mapping: torch.Tensor | None = None
+    copied: torch.Tensor | None = None
 
 
 class DiffusionAttentionBackend(AttentionBackend):
@@ -75,9 +80,12 @@ class DiffusionAttention(nn.Module, AttentionLayerBase):
         """Output ``[tokens, num_heads, head_size]`` for rotated query, key and value of the same ragged layout."""
         batch = get_forward_context().attn_metadata
         assert isinstance(batch, WindowBatch)
+        key_cache, value_cache = self.key_cache, self.value_cache
+        if batch.copied is not None:
+            key_cache, value_cache = copy_pages(key_cache, batch.copied), copy_pages(value_cache, batch.copied)
         if batch.slot_mapping is not None:
             stored = slice(batch.first_stored, None)
-            store_kv(key[stored], value[stored], self.key_cache, self.value_cache, batch.slot_mapping)
+            store_kv(key[stored], value[stored], key_cache, value_cache, batch.slot_mapping)
         if batch.paged is None:
             assert batch.full is not None  # a step has windows
             return full_attention(query, key, value, batch.full, self.scale)
@@ -85,7 +93,7 @@ class DiffusionAttention(nn.Module, AttentionLayerBase):
         num_full = batch.num_full_tokens
         if batch.full is not None:
             full_attention(query[:num_full], key[:num_full], value[:num_full], batch.full, self.scale, out[:num_full])
-        window_attention(query[num_full:], self.key_cache, self.value_cache, batch.paged, self.scale, out[num_full:])
+        window_attention(query[num_full:], key_cache, value_cache, batch.paged, self.scale, out[num_full:])
         return out
 
     def bind_kv_cache(self, kv_cache: torch.Tensor | None) -> None:
@@ -107,3 +115,9 @@ class DiffusionAttention(nn.Module, AttentionLayerBase):
             # tells the engine core that no prefix of a sequence stands for itself
             non_causal=not settings_of(vllm_config).family.prefix_stands_alone,
         )
+
+
+def copy_pages(cache: torch.Tensor, copied: torch.Tensor) -> torch.Tensor:
+    """``[n, COPIED_PAGE, heads, head_size]`` of ``cache [pages, page_size, heads, head_size]``."""
+    in_page = cache.shape[1] // COPIED_PAGE
+    return cache.unflatten(1, (in_page, COPIED_PAGE))[copied // in_page, copied % in_page]

@@ -191,6 +191,17 @@ class DiffusionParams:
         0,
         "1: the response says in which forward pass each token was unmasked or replaced, and with which confidence",
     )
+    likelihood_start: int = _parameter(
+        Rule(int, -MOST, MOST),
+        0,
+        "prompt_logprobs: tokens of the prompt that are context and not scored; below 0: all but the last so many",
+    )
+    likelihood_samples: int = _parameter(
+        Rule(int, 0, MOST),
+        0,
+        "prompt_logprobs under full attention: Monte Carlo of so many samples, as LLaDA's paper has it; 0: the exact chain from "
+        "left to right, a forward pass a token",
+    )
 
 
 PARAMETERS = {each.name: each for each in fields(DiffusionParams)}
@@ -268,6 +279,7 @@ CONFLICTS = (
             ("steps", "a block has steps of its own, which diffusion_block_steps counts", None),
             ("cfg_scale", "the unconditional copy has no KV cache of its own", None),
             ("suffix", "a position sees nothing behind its block", None),
+            ("likelihood_samples", "a block has an exact chain of few passes", None),
             ("cache", "keys and values are exact; dual forwards sub-blocks alone", ("none", "dual").__contains__),
         )
     ),

@@ -85,7 +85,6 @@ def test_wrong_extras(extras, max_tokens, message):
 # Every row of the table, with a value that is not neutral.
 UNSUPPORTED = {
     "min_p": 0.1,
-    "prompt_logprobs": 1,
     "structured_outputs": StructuredOutputsParams(json={"type": "object"}),
     "prompt_logprob_token_ids": [[1, 2]],
     "thinking_token_budget": 4,
@@ -108,7 +107,7 @@ def test_unsupported_sampling_parameters(name):
     assert str(error.value).endswith(remedy)
 
 
-@pytest.mark.parametrize("name", ["min_p", "prompt_logprobs", "thinking_token_budget"])
+@pytest.mark.parametrize("name", ["min_p", "thinking_token_budget"])
 def test_unsupported_sampling_parameters_in_the_engine(name):
     llm = engine("llada")
     params = SamplingParams(temperature=1.0, max_tokens=8, **{name: UNSUPPORTED[name]})
@@ -136,6 +135,21 @@ def test_neutral_values_are_taken(name, value):
     check(SamplingParams(max_tokens=4, **{name: value}))
 
 
+@pytest.mark.parametrize(
+    ("prompt_logprobs", "extras", "message"),
+    [
+        (0, {"strategy": "d2f"}, "got diffusion_strategy='d2f'; ask with diffusion_strategy='full'"),
+        (0, {"cfg_scale": 1.5}, "got diffusion_cfg_scale=1.5; set it to 0.0"),
+        (1, {"likelihood_samples": 4}, "prompt_logprobs must be 0 with diffusion_likelihood_samples=4"),
+    ],
+)
+def test_likelihoods_that_are_not_told(prompt_logprobs, extras, message):
+    extras = {f"diffusion_{name}": value for name, value in extras.items()}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check(SamplingParams(max_tokens=4, prompt_logprobs=prompt_logprobs, extra_args=extras))
+    check(SamplingParams(max_tokens=4, extra_args=extras))
+
+
 def test_every_sampling_parameter_of_vllm_is_known():
     """What vLLM lets a request ask for is served, refused, or has no bearing; nothing is dropped without a word."""
     served = {
@@ -143,11 +157,11 @@ def test_every_sampling_parameter_of_vllm_is_known():
         "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output", "output_kind", "n",
         "stream_interval", "repetition_detection", "extra_args", "presence_penalty", "frequency_penalty",
         "repetition_penalty", "min_tokens", "logit_bias", "allowed_token_ids", "bad_words", "logprobs", "logprob_token_ids",
-        "flat_logprobs",
+        "flat_logprobs", "prompt_logprobs",
     }  # fmt: skip
     no_bearing = {
         "skip_clone", "output_text_buffer_length", "skip_reading_prefix_cache", "routed_experts_prompt_start",
-        "prompt_logprob_start",  # of prompt_logprobs, which are refused
+        "prompt_logprob_start",  # of prompt_logprob_token_ids, which are refused
     }  # fmt: skip
     refused = {name for name, _, _ in admission.UNSUPPORTED}
     names = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}

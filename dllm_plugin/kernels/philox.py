@@ -6,7 +6,8 @@ timestep, stream); the number is word `index % 4` of the block, so that the colu
 Only the low 32 bits of position and timestep count.
 
 Streams: TOKEN for the choice of a token (index = vocabulary id), ORDER for the order of positions, UNIFORM for random
-confidences. Bits agree exactly; Gumbel noise agrees to a few fp32 roundings, since each device has its own logarithm.
+confidences, MASK for what is masked of given text. Bits agree exactly; Gumbel noise agrees to a few fp32 roundings, since each
+device has its own logarithm.
 """
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from dllm_plugin.kernels.dispatch import tl, triton
 
-TOKEN, ORDER, UNIFORM = 0, 1, 2
+TOKEN, ORDER, UNIFORM, MASK = 0, 1, 2, 3
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -10,6 +10,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from dllm_plugin.controls import Controls
 from dllm_plugin.params import DiffusionParams
+from dllm_plugin.scheduler.likelihood import ScoredWindow
 from dllm_plugin.scheduler.window import Window
 
 
@@ -60,7 +61,7 @@ class NewCanvas:
     tokens that do. ``seed``: signed 64 bits, the same on every rank. ``answer_start``: length of the prompt.
     ``has_grammar``: each step comes with a `GrammarStep`.
     ``num_logprobs``: how many of the likeliest tokens are told with each token, -1 if nothing is told of it; ``logprob_ids``: the
-    tokens that are told instead.
+    tokens that are told instead. ``num_prompt_logprobs``: the same of the prompt's tokens.
     """
 
     token_ids: list[int]
@@ -80,6 +81,7 @@ class NewCanvas:
     num_logprobs: int = -1
     logprob_ids: tuple[int, ...] = ()
     has_grammar: bool = False
+    num_prompt_logprobs: int = -1
 
 
 @dataclass
@@ -88,12 +90,13 @@ class DiffusionSchedulerOutput(SchedulerOutput):
 
     ``steps``: the window of every scheduled request, by step. Windows of later steps cover the same positions, and know how
     many are masked where that follows from quotas. When a token ends a request or a block is filled, the steps that have
-    not begun are left out.
+    not begun are left out. ``scored``: copies of requests' given text, which are forwarded before.
     """
 
     new_canvases: dict[str, NewCanvas] = field(default_factory=dict)
     steps: list[dict[str, Window]] = field(default_factory=list)
     grammar: dict[str, GrammarStep] = field(default_factory=dict)
+    scored: dict[str, list[ScoredWindow]] = field(default_factory=dict)
 
 
 @dataclass
@@ -104,6 +107,7 @@ class DiffusionModelRunnerOutput(ModelRunnerOutput):
     request id to the number of positions still masked in each block that was active, after each of the steps.
     ``eos_is_taken``: requests of which an active block holds EOS, masks before it or not. ``num_edited``: request id to the
     number of tokens that the last step replaced. ``written``: of requests that ask for their trajectory, what each step wrote.
+    ``scores``: request id to float32 rows of what was told of its given text (worker/records.py:score).
     """
 
     num_emitted: dict[str, list[int]] = field(default_factory=dict)
@@ -111,6 +115,7 @@ class DiffusionModelRunnerOutput(ModelRunnerOutput):
     eos_is_taken: set[str] = field(default_factory=set)
     num_edited: dict[str, int] = field(default_factory=dict)
     written: dict[str, list[list[Record]]] = field(default_factory=dict)
+    scores: dict[str, np.ndarray] = field(default_factory=dict)
 
     def add_idle(self, request_ids: Iterable[str]) -> None:
         """Give those of the requests that had no window an output without tokens."""

@@ -14,7 +14,8 @@ class Plan(ABC):
     ``limit``: the length prompt and response may reach. ``longest``: the length that the sequence may reach with what is
     denoised and cut off again; ``limit`` where nothing is said. ``shift``: 1 for a family whose logits at i predict token
     i + 1. ``num_suffix``: tokens behind the canvas. ``seed``: the request's, signed 64 bits. ``most_tokens``: what a step
-    may forward.
+    may forward. ``prompt_first``: where pages hold exact keys and values, those of the prompt are written by windows of their
+    own.
 
     When a canvas is full and the request goes on, `start_canvas` lays out the next one. ``timestep`` counts the steps of
     the schedule, ``num_passes`` the forward passes: a timestep that unmasks nothing has none. Every position below
@@ -31,6 +32,7 @@ class Plan(ABC):
         seed: int = 0,
         longest: int | None = None,
         most_tokens: int = sys.maxsize,
+        prompt_first: bool = False,
     ) -> None:
         self.params = params
         self.limit = limit
@@ -39,6 +41,7 @@ class Plan(ABC):
         self.num_suffix = num_suffix
         self.seed = seed
         self.most_tokens = most_tokens
+        self.prompt_first = prompt_first
         self.prompt_length = self.emitted = prompt_length
         self.canvas_start = self.canvas_end = prompt_length
         self.timestep = self.num_passes = self.num_cached = 0

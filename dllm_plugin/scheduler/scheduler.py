@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import torch
 from vllm.logger import init_logger
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config
@@ -19,7 +21,7 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import LogprobsTensors, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from dllm_plugin.compat import end_with_error
@@ -28,6 +30,7 @@ from dllm_plugin.kernels import philox
 from dllm_plugin.metrics import Event, write_trajectory
 from dllm_plugin.params import DiffusionParams, parse_request
 from dllm_plugin.scheduler.grammar import Constraint
+from dllm_plugin.scheduler.likelihood import Likelihood, ScoredWindow, make_likelihood
 from dllm_plugin.scheduler.output import (
     DiffusionModelRunnerOutput,
     DiffusionSchedulerOutput,
@@ -60,7 +63,15 @@ class Denoising:
     reserved: int = 0  # positions that have pages
     shared: int = 0  # positions whose full pages others can find
     constraint: Constraint | None = None
+    likelihood: Likelihood | None = None  # until the prompt's log-probabilities are told
     trajectory: list[Event] = field(default_factory=list)  # kept where the request asks for it
+
+    @property
+    def scored(self) -> list[ScoredWindow]:
+        """The copies of its prompt that the next step forwards in place of the plan's window; none where that is next."""
+        if self.likelihood is None or self.plan.num_cached < self.likelihood.num_cached:
+            return []
+        return self.likelihood.windows
 
     def record(self, num_prompt: int, written: Sequence[Sequence[Record]]) -> None:
         """Add what the next forward passes wrote."""
@@ -150,12 +161,15 @@ class DiffusionScheduler(Scheduler):
                 plan.restart_canvas()
                 self.denoising[req_id].forget_from(plan.num_passes)
                 canvases[req_id] = self._new_canvas(self.requests[req_id])
-        served = self._take_turns(output)
+        turns = self._take_turns(output)
+        scored = {req_id: windows for req_id in turns if (windows := self.denoising[req_id].scored)}
+        served = [req_id for req_id in turns if req_id not in scored]
         grammar = self._lay_grammars(served)
-        windows = {req_id: self._window(req_id) for req_id in served}
-        steps = self._look_ahead(windows)
+        steps = self._look_ahead({req_id: self._window(req_id) for req_id in served})
         self._scheduled_at = time.monotonic()
-        return DiffusionSchedulerOutput(**vars(output), new_canvases=canvases, steps=steps, grammar=grammar)
+        return DiffusionSchedulerOutput(
+            **vars(output), new_canvases=canvases, steps=steps, grammar=grammar, scored=scored
+        )
 
     def _recall(self, req_id: str) -> None:
         """Have a canvas under a grammar begin with what was emitted of it: the matcher does not go back."""
@@ -183,6 +197,8 @@ class DiffusionScheduler(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         assert isinstance(scheduler_output, DiffusionSchedulerOutput)
+        if isinstance(model_runner_output, DiffusionModelRunnerOutput):
+            self._record_scores(model_runner_output.scores)
         if scheduler_output.steps:
             assert isinstance(model_runner_output, DiffusionModelRunnerOutput)
             num_run = len(next(iter(model_runner_output.num_emitted.values())))
@@ -222,6 +238,10 @@ class DiffusionScheduler(Scheduler):
                 ]
                 if not any(num_emitted):  # vLLM has nothing to update the request with
                     self._record_steps(self.requests[req_id])
+                elif denoising.likelihood is not None:
+                    model_runner_output.prompt_logprobs_dict[req_id] = tensors_of(denoising.likelihood)
+                    denoising.likelihood = None
+        if isinstance(model_runner_output, DiffusionModelRunnerOutput):
             model_runner_output.add_idle(scheduler_output.num_scheduled_tokens)
         return super().update_from_output(scheduler_output, model_runner_output)
 
@@ -245,6 +265,11 @@ class DiffusionScheduler(Scheduler):
                 unforeseen=False,
             )
         return accepted
+
+    def _record_scores(self, scores: dict[str, np.ndarray]) -> None:
+        for req_id, rows in scores.items():
+            if (denoising := self.denoising.get(req_id)) and denoising.likelihood:  # else it was aborted meanwhile
+                denoising.likelihood.record(rows)
 
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
@@ -271,7 +296,7 @@ class DiffusionScheduler(Scheduler):
         if not windows:
             return []
         steps, running = [windows], [self.denoising[req_id] for req_id in windows]
-        if len(running) < len(self.running) or not all(one.unwatched for one in running):
+        if len(running) < len(self.running) or not all(one.unwatched and one.likelihood is None for one in running):
             return steps
         seconds = self._step_seconds * max(1.0, num_tokens(windows) / self._step_tokens)
         num_steps = max(1, int(min(MOST_STEPS, MOST_SECONDS / seconds)))
@@ -332,6 +357,18 @@ class DiffusionScheduler(Scheduler):
             or request.use_structured_output
         )
         seed = self._draw_seed(63) if sampling.seed is None else philox.signed_64_bits(sampling.seed)
+        most_tokens, num_prompt_logprobs = self._turns.budget, self._number_asked(sampling.prompt_logprobs)
+        likelihood = None
+        if num_prompt_logprobs >= 0 and request.request_id not in self.grammar_compile_error_reqs:
+            likelihood = make_likelihood(
+                params,
+                request.all_token_ids[:num_prompt],
+                num_prompt_logprobs,
+                most_tokens,
+                shift=self.settings.shift,
+                longest=self.max_model_len,
+                seed=seed,
+            )
         return Denoising(
             plan=make_plan(
                 params,
@@ -341,8 +378,10 @@ class DiffusionScheduler(Scheduler):
                 len(suffix_ids),
                 seed,
                 longest=self.max_model_len,
-                most_tokens=self._turns.budget,
+                most_tokens=most_tokens,
+                prompt_first=likelihood is not None,
             ),
+            likelihood=likelihood,
             suffix_ids=suffix_ids,
             seed=seed,
             unwatched=not watched,
@@ -377,6 +416,8 @@ class DiffusionScheduler(Scheduler):
 
     def _window_tokens(self, req_id: str) -> int:
         """Tokens the request's next window forwards; guidance forwards a second, unconditional copy."""
+        if scored := self.denoising[req_id].scored:
+            return sum(window.end - window.start for window in scored)
         window, params = self._window(req_id), self.denoising[req_id].plan.params
         return (window.end - window.start) * (2 if params.cfg_scale > 0 else 1)
 
@@ -428,13 +469,14 @@ class DiffusionScheduler(Scheduler):
             seed=denoising.seed,
             answer_start=request.num_prompt_tokens,
             controls=Controls.of(sampling),
-            num_logprobs=self._num_logprobs(sampling),
+            num_logprobs=self._number_asked(sampling.num_logprobs),
             logprob_ids=tuple(sampling.logprob_token_ids or ()),
             has_grammar=denoising.constraint is not None,
+            num_prompt_logprobs=self._number_asked(sampling.prompt_logprobs),
         )
 
-    def _num_logprobs(self, sampling: SamplingParams) -> int:
-        asked = sampling.num_logprobs
+    def _number_asked(self, asked: int | None) -> int:
+        """Of likeliest tokens, -1 where nothing is to be told."""
         if asked is None:
             return -1
         return self.settings.vocab_size if asked == -1 else asked
@@ -443,6 +485,13 @@ class DiffusionScheduler(Scheduler):
 def sampling_of(request: Request) -> SamplingParams:
     assert request.sampling_params is not None  # only a request to pool has none, and no diffusion model takes one
     return request.sampling_params
+
+
+def tensors_of(likelihood: Likelihood) -> LogprobsTensors:
+    """vLLM's message of a prompt's tokens, the first one left out."""
+    logprobs = likelihood.logprobs.astype(np.float32)
+    ids, values, ranks = map(torch.from_numpy, (likelihood.ids, logprobs, likelihood.ranks))
+    return LogprobsTensors(ids, values, ranks)
 
 
 def num_tokens(windows: dict[str, Window]) -> int:

@@ -11,6 +11,7 @@ from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
+from dllm_plugin.scheduler.output import NewCanvas
 from dllm_plugin.settings import settings_of
 from dllm_plugin.worker.batch import Layout, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
@@ -57,14 +58,20 @@ class AdapterMixin(LoRAModelRunnerMixin):
         key = batch.layout, len(batch.row_request)
         if batch.segments.skip_unmasked and key == self.active:
             return  # all places of a layout have their rows
+        canvases = [self.state.requests[request_id].canvas for request_id in batch.request_ids]
+        token_request = np.repeat(batch.layout.window_request, batch.layout.window_length)
+        self.tell_adapters(canvases, token_request, batch.row_request.numpy(force=True))
         self.active = key
-        adapters = [self.state.requests[request_id].canvas.lora_request for request_id in batch.request_ids]
+
+    def tell_adapters(self, canvases: list[NewCanvas], token_request: np.ndarray, row_request: np.ndarray) -> None:
+        """The same by the index of its canvas, of each token and each row."""
+        self.active = None
+        adapters = [canvas.lora_request for canvas in canvases]
         if current_platform.is_cpu() and any(adapters):
             adapters = [adapter or NO_ADAPTER for adapter in adapters]
         ids = np.array([adapter.lora_int_id if adapter else 0 for adapter in adapters])
-        of_token = ids[np.repeat(batch.layout.window_request, batch.layout.window_length)]
-        of_row = ids[batch.row_request.numpy(force=True)]
-        self._set_active_loras(tuple(of_row.tolist()), tuple(of_token.tolist()), {a for a in adapters if a})
+        of_row, of_token = ids[row_request].tolist(), ids[token_request].tolist()
+        self._set_active_loras(tuple(of_row), tuple(of_token), {a for a in adapters if a})
 
     def list_loras(self) -> set[int]:
         return super().list_loras() - {NO_ADAPTER.lora_int_id} if self.lora_config else set()

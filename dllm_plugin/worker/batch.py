@@ -12,6 +12,7 @@ from dllm_plugin.attention import WindowBatch
 from dllm_plugin.kernels.unmask import Segments
 from dllm_plugin.kernels.window_attention import PagedWindows, Windows
 from dllm_plugin.policies import POLICIES
+from dllm_plugin.scheduler.likelihood import ScoredWindow
 from dllm_plugin.scheduler.output import NewCanvas
 from dllm_plugin.scheduler.window import Window
 from dllm_plugin.worker.canvas import CanvasStore, Request, power_of_two
@@ -390,29 +391,40 @@ class BatchBuilder:
         return table[position // self.page_size] * self.page_size + position % self.page_size
 
     def _paged_windows(self, request_ids: list[str], steps: list[Window]) -> PagedWindows:
-        length = [window.end - window.start for window in steps]
-        num_pages = [-(-window.visible // self.page_size) for window in steps]
-        block_table = np.zeros((len(steps), power_of_two(max(num_pages))), dtype=np.int64)
-        for row, request_id, count in zip(block_table, request_ids, num_pages, strict=True):
-            row[:count] = self.pages[request_id][:count]
-        host = {
-            "query_start_loc": start_loc(length).tolist(),
-            "window_start": [window.start for window in steps],
-            "visible": [window.visible for window in steps],
-            "prefix_len": [window.attention.prefix_length for window in steps],
-            "block_length": [window.attention.block_length for window in steps],
-        }
-        *tensors, table = to_device(
-            self.store.device, *map(np.array, host.values()), block_table.ravel(), dtype=torch.int32
-        )
-        both: dict[str, Any] = dict(zip(host, tensors, strict=True))
-        both |= {f"{name}_cpu": values for name, values in host.items()}
-        return PagedWindows(
-            **both,
-            block_table=table.view(block_table.shape),
-            max_query_len=max(length),
-            max_visible=block_table.shape[1] * self.page_size,  # the same for a step that is recorded
-        )
+        tables = [
+            self.pages[request_id][: -(-window.visible // self.page_size)]
+            for request_id, window in zip(request_ids, steps, strict=True)
+        ]
+        return paged_windows(self.store.device, steps, tables, self.page_size)
+
+
+def paged_windows(
+    device: torch.device,
+    windows: Sequence[Window | ScoredWindow],
+    tables: Sequence[Sequence[int] | np.ndarray],
+    page_size: int,
+) -> PagedWindows:
+    """Attention's view of windows, of which ``tables`` are the pages."""
+    length = [window.end - window.start for window in windows]
+    block_table = np.zeros((len(windows), power_of_two(max(map(len, tables)))), dtype=np.int64)
+    for row, pages in zip(block_table, tables, strict=True):
+        row[: len(pages)] = pages
+    host = {
+        "query_start_loc": start_loc(length).tolist(),
+        "window_start": [window.start for window in windows],
+        "visible": [window.visible for window in windows],
+        "prefix_len": [window.attention.prefix_length for window in windows],
+        "block_length": [window.attention.block_length for window in windows],
+    }
+    *tensors, table = to_device(device, *map(np.array, host.values()), block_table.ravel(), dtype=torch.int32)
+    both: dict[str, Any] = dict(zip(host, tensors, strict=True))
+    both |= {f"{name}_cpu": values for name, values in host.items()}
+    return PagedWindows(
+        **both,
+        block_table=table.view(block_table.shape),
+        max_query_len=max(length),
+        max_visible=block_table.shape[1] * page_size,  # the same for a step that is recorded
+    )
 
 
 def max_growth(requests: list[Request], steps: list[Window]) -> int:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -25,8 +26,10 @@ from dllm_plugin.kernels.edit import edit
 from dllm_plugin.kernels.filter import filter_top_k_top_p
 from dllm_plugin.kernels.unmask import Unmasked, unmask
 from dllm_plugin.kernels.window_attention import Windows
+from dllm_plugin.params import BLOCK
 from dllm_plugin.policies import RANKINGS
-from dllm_plugin.scheduler.output import DiffusionSchedulerOutput
+from dllm_plugin.scheduler.likelihood import ScoredWindow
+from dllm_plugin.scheduler.output import DiffusionModelRunnerOutput, DiffusionSchedulerOutput
 from dllm_plugin.scheduler.window import Window
 from dllm_plugin.settings import model_config_of, settings_of
 from dllm_plugin.worker.adapters import AdapterMixin
@@ -36,7 +39,8 @@ from dllm_plugin.worker.controls import Surroundings, control, is_hole
 from dllm_plugin.worker.graphs import StepGraphs
 from dllm_plugin.worker.progress import Progress
 from dllm_plugin.worker.ranking import RANKED_BY, ChosenRows, RankedRows, given
-from dllm_plugin.worker.records import Rows, processed, score
+from dllm_plugin.worker.records import Rows, processed, score, without_others
+from dllm_plugin.worker.scoring import lay_out
 from dllm_plugin.worker.summary import StepNumbers, Summary, summarize
 
 # Rows of logits are computed in chunks of about this size, whatever the batch asks for.
@@ -74,15 +78,16 @@ class DiffusionModelRunner(AdapterMixin):
         """Run the scheduler's windows; returns the tokens that became final and how much is left masked."""
         assert isinstance(scheduler_output, DiffusionSchedulerOutput)
         self.update_canvases(scheduler_output)
+        scores = self.score_texts(scheduler_output.scored)
         if not scheduler_output.steps:
-            return EMPTY_MODEL_RUNNER_OUTPUT
+            return DiffusionModelRunnerOutput([], {}, scores=scores) if scores else EMPTY_MODEL_RUNNER_OUTPUT
         layout = self.batches.lay_out(scheduler_output.steps[0])  # its requests, in their order, are those of all steps
         progress = Progress(layout, self.state)
         # a threshold tells how many masks are left, and with it what the next step is, only when a step has been read
         by_quota = not layout.needs.block_floats
         run = self.run_overlapped if self.overlaps and by_quota else self.run_one_by_one
         run(scheduler_output.steps, progress)
-        return progress.output()
+        return replace(progress.output(), scores=scores)
 
     def run_one_by_one(self, steps: list[dict[str, Window]], progress: Progress) -> None:
         """Run the steps until one ends a request, or fills a block that the next one was to go on with."""
@@ -121,6 +126,28 @@ class DiffusionModelRunner(AdapterMixin):
         unmasked = self.unmask(batch, choice)
         summary = summarize(batch, unmasked, num_edited, self.state)
         return StepNumbers(summary, None if rows is None else rows.records(choice.ranking, choice.scores))
+
+    def score_texts(self, scored: dict[str, list[ScoredWindow]]) -> dict[str, np.ndarray]:
+        """What is told of each scored token (`records.score`), float32 rows by request."""
+        if not scored:
+            return {}
+        pages = self.batches.pages if self.settings.defaults.strategy == BLOCK else None
+        batch = lay_out(scored, self.state, self.settings.shift, pages, self.batches.page_size)
+        canvases = [self.state.requests[request_id].canvas for request_id in batch.request_ids]
+        num_others = max(canvas.num_prompt_logprobs for canvas in canvases)
+        normalize = self.model_config.logprobs_mode.endswith("logprobs")
+        if self.lora_config:
+            self.tell_adapters(canvases, batch.token_request, batch.row_request)
+        with self.attending(batch.windows):
+            hidden_states = self.model(batch.input_ids, batch.positions)
+        rows = zip(batch.row_token.split(self.rows_at_once), batch.target.split(self.rows_at_once), strict=True)
+        logits = ((self.model.compute_logits(hidden_states[at]), target) for at, target in rows)
+        scores = torch.cat([score(x, target, num_others, None, normalize) for x, target in logits])
+        parts = scores.cpu().split(batch.num_rows)
+        return {
+            request_id: without_others(part.numpy(), num_others, canvas.num_prompt_logprobs)
+            for request_id, part, canvas in zip(batch.request_ids, parts, canvases, strict=True)
+        }
 
     def update_canvases(self, scheduler_output: DiffusionSchedulerOutput) -> None:
         pages = self.batches.pages

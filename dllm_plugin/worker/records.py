@@ -84,6 +84,11 @@ def _score(x: Tensor, token: Tensor, num_others: int, given: Tensor | None, norm
     return torch.cat([own, rank, ids.clamp(min=0), others], dim=1)
 
 
+def without_others(scores: np.ndarray, num_others: int, most: int) -> np.ndarray:
+    """Rows of `score` with as many others at most."""
+    return scores[:, [0, 1, *range(2, 2 + most), *range(2 + num_others, 2 + num_others + most)]]
+
+
 def processed(logits: Tensor, choice: Choice) -> Tensor:
     """float32 logits that the tokens of a choice are drawn from: at their temperature, without what is never chosen."""
     x = logits.to(torch.float32, copy=True)
