@@ -15,6 +15,8 @@ from typing import Any
 import httpx
 import pytest
 from openai import APIStatusError, BadRequestError, OpenAI
+from reference.likelihood import full_chain
+from support.checkpoints import reference
 from support.engines import engine
 
 from dllm_plugin import compat
@@ -201,6 +203,36 @@ def test_a_wrong_request_is_told_so_and_the_server_serves_on(
     message = refusal.value.response.json()["error"]["message"]
     assert [words for words in said if words not in message] == [], message
     assert route(llada, max_tokens=2).choices
+
+
+def test_the_likelihood_that_lm_eval_asks_for(llada: Server) -> None:
+    """Its own request, and the sum that it makes of the answer, against the reference model alone."""
+    context, continuation = "Reverse the word cat. ", "tac"
+    tokenizer, model = engine("tiny-llada").get_tokenizer(), reference("tiny-llada")
+    ids = tokenizer.encode(context + continuation, add_special_tokens=False)
+    num_context = len(tokenizer.encode(context, add_special_tokens=False))
+    asked = {
+        "prompt": [ids],
+        "model": llada.model,
+        "temperature": 0,
+        "max_tokens": 1,
+        "logprobs": 1,
+        "seed": 1234,
+        "echo": True,
+    }
+    told = {}
+    for start in (0, num_context - len(ids)):
+        body = asked | {"vllm_xargs": {"diffusion_likelihood_start": start}}
+        (choice,) = httpx.post(f"{llada.url}/v1/completions", json=body, timeout=60).json()["choices"]
+        assert len(choice["logprobs"]["token_logprobs"]) == len(ids) + 1
+        told[start] = choice["logprobs"]["token_logprobs"][num_context:-1]
+        for own, best in zip(told[start], choice["logprobs"]["top_logprobs"][num_context:-1], strict=True):
+            assert own in best.values()
+    expected = full_chain(model, ids, num_context)
+    for tokens in told.values():
+        assert sum(tokens) == pytest.approx(
+            sum(float(row[token]) for row, token in zip(expected, ids[num_context:], strict=True)), abs=1e-3
+        )
 
 
 def test_infilling(llada: Server) -> None:

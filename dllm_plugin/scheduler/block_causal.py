@@ -178,7 +178,9 @@ class BlockCausalPlan(Plan):
         # a block is never cut, since its positions see each other; a window of one runs alone where it is too large
         chunk_end = (start + self.most_tokens) // self.block_length * self.block_length
         chunk_end = max(chunk_end, self._edge_behind(start))
-        prompt_first = self.prompt_first and self.num_cached < self._start
+        prompt_first = (
+            self.prompt_first and self.num_cached < self.prompt_length // self.block_length * self.block_length
+        )
         if prompt_first or (end - start > self.most_tokens and chunk_end < end):
             visible = end = min(chunk_end, self._start)
         else:
