@@ -88,7 +88,14 @@ def servers(checkpoints: dict[str, str], tmp_path_factory: pytest.TempPathFactor
     logs = tmp_path_factory.mktemp("servers")
     llada, dream = checkpoints["tiny-llada"], checkpoints["tiny-dream"]
     # a step of a server's default budget has too few rows for `test_more_rows_than_a_block_of_the_choice`
-    worker = ["--worker-cls", "dllm_plugin.worker.DiffusionWorker", "--max-num-batched-tokens", "8192"]
+    worker = [
+        "--worker-cls",
+        "dllm_plugin.worker.DiffusionWorker",
+        "--max-num-batched-tokens",
+        "8192",
+        "--dtype",
+        "float32",
+    ]
     running = {
         "tiny-llada": start([str(BIN / "vllm"), "serve", llada, *worker], llada, logs / "llada.log"),
         "tiny-dream": start(
