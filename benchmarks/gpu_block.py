@@ -56,7 +56,7 @@ def build(config: dict) -> LLM:
 
 
 def stacked_weights(module: Experts) -> tuple[torch.Tensor, torch.Tensor]:
-    return module.stacked_gate_up.weight, module.stacked_down.weight
+    return module.experts.w13_weight, module.experts.w2_weight
 
 
 def spread_routes(llm: LLM) -> None:
@@ -74,7 +74,9 @@ def touched_bytes(llm: LLM, batch: int, params) -> float:
     of_experts = {id(p) for module in experts for p in stacked_weights(module)}
     rest = sum(p.nbytes for p in model.parameters() if id(p) not in of_experts) - model.decoder.embedding.weight.nbytes
     hooks = [
-        module.router.register_forward_hook(lambda _, __, out: chosen.append(out[1].unique().numel()))
+        module.router.register_forward_hook(
+            lambda router, _, logits: chosen.append(router.choose(logits)[1].unique().numel())
+        )
         for module in experts
     ]
     runner.graphs.enabled = False

@@ -137,7 +137,7 @@ def test_the_bias_of_a_router_keeps_float32():
         tensor = load_file(path / "model.safetensors")["model.layers.1.mlp.gate.expert_bias"]
         assert mlp.router.expert_bias.dtype == mlp.router.weight.dtype == torch.float32
         assert tensor.dtype == dtype and torch.equal(mlp.router.expert_bias, tensor.float())
-        assert mlp.stacked_down.weight.dtype == torch.bfloat16
+        assert mlp.experts.w2_weight.dtype == torch.bfloat16
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference.block_models import LLaDA2, SDARMoe
+from vllm.config import VllmConfig
 
 from dllm_plugin.models import experts as module
 from dllm_plugin.models.experts import Experts, ExpertsShape, GroupedSigmoidRouting, SoftmaxRouting, run_each
@@ -117,34 +118,31 @@ def test_no_tokens():
 # ---- shares of a tensor-parallel rank
 
 
-def loaded(monkeypatch, world_size, rank, merged):
+def loaded(monkeypatch, world_size, rank):
     """A layer of experts as one rank has it, with the tensors of a checkpoint."""
     monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: world_size)
     monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
     monkeypatch.setattr(module, "tensor_model_parallel_all_reduce", lambda x: x)
     torch.manual_seed(2)
     routing = GroupedSigmoidRouting(3, 4, 2, 2.5)
-    layer = Experts(HIDDEN, ExpertsShape(EXPERTS, WIDTH, 0, routing), None)
+    layer = Experts(HIDDEN, ExpertsShape(EXPERTS, WIDTH, 0, routing), None, VllmConfig(), "mlp")
     layer.router.weight.data = torch.randn(EXPERTS, HIDDEN)
     gate, up, down = torch.randn(2, EXPERTS, WIDTH, HIDDEN), None, torch.randn(EXPERTS, HIDDEN, WIDTH)
     gate, up = gate
-    for stacked, tensor, part in (
-        (layer.stacked_gate_up, gate, 0),
-        (layer.stacked_gate_up, up, 1),
-        (layer.stacked_down, down, 0),
-    ):
-        stacked.weight.data.fill_(torch.nan) if part == 0 else None
-        for expert in [None] if merged else range(EXPERTS):
-            stacked.weight.weight_loader(stacked.weight, tensor if merged else tensor[expert], (expert, part))
+    for param in layer.experts.parameters():
+        param.data.fill_(torch.nan)
+    for shard, tensor in (("w1", gate), ("w3", up), ("w2", down)):
+        param = layer.experts.w2_weight if shard == "w2" else layer.experts.w13_weight
+        for expert in range(EXPERTS):
+            param.weight_loader(param, tensor[expert], "", shard, expert)
     return layer
 
 
-@pytest.mark.parametrize("merged", [True, False], ids=["merged", "one_by_one"])
 @torch.inference_mode()
-def test_shares_of_the_ranks_add_up(monkeypatch, merged):
+def test_shares_of_the_ranks_add_up(monkeypatch):
     x = torch.randn(20, HIDDEN)
-    whole = loaded(monkeypatch, 1, 0, False)(x)
-    shares = sum(loaded(monkeypatch, 3, rank, merged)(x) for rank in range(3))
+    whole = loaded(monkeypatch, 1, 0)(x)
+    shares = sum(loaded(monkeypatch, 3, rank)(x) for rank in range(3))
     assert whole.abs().max() > 1
     torch.testing.assert_close(shares, whole, rtol=1e-4, atol=1e-4)
 
@@ -153,7 +151,7 @@ def test_a_width_that_ranks_cannot_share_is_refused(monkeypatch):
     with pytest.raises(
         ValueError, match=f"intermediate size of each expert, {WIDTH}, which tensor_parallel_size=5 does not"
     ):
-        loaded(monkeypatch, 5, 0, False)
+        loaded(monkeypatch, 5, 0)
 
 
 def test_no_expert_of_a_dropped_group_is_chosen():

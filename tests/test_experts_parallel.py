@@ -32,7 +32,7 @@ def decode(path: Path, **settings) -> tuple[list[list[int]], list]:
 def shares(wrapper) -> list[list[int]]:
     """Asked of every rank: the shapes of its experts' weights in the last layer."""
     mlp = getattr(wrapper, "worker", wrapper).model_runner.model.decoder.blocks[-1].mlp
-    return [list(mlp.stacked_gate_up.weight.shape), list(mlp.stacked_down.weight.shape)]
+    return [list(mlp.experts.w13_weight.shape), list(mlp.experts.w2_weight.shape)]
 
 
 @pytest.mark.skipif(NUM_CORES < 2, reason="two ranks need two cores")

@@ -1,8 +1,7 @@
 """Experts of a layer, and the routers that choose among them.
 
 Routers compute in float32 and are exact: among equal scores the lowest expert comes first, which `torch.topk` does not promise.
-Every rank of a tensor-parallel group has a share of every expert's intermediate size. The experts' weights keep the
-model's dtype whatever quantizes the layers beside them.
+Every rank of a tensor-parallel group has a share of every expert's intermediate size.
 """
 
 from dataclasses import dataclass
@@ -11,12 +10,15 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+from vllm.config import VllmConfig
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
 
 from dllm_plugin.kernels.gated_silu import gated_silu
 
@@ -96,59 +98,114 @@ class Router(nn.Module):
         bias = torch.zeros(shape.num_experts, dtype=torch.float32)
         self.expert_bias = nn.Parameter(bias, requires_grad=False) if self.routing.has_bias else None
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.routing.choose(F.linear(x.to(self.weight.dtype), self.weight), self.expert_bias)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits ``[tokens, experts]``."""
+        return F.linear(x.to(self.weight.dtype), self.weight)
+
+    def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.routing.choose(logits, self.expert_bias)
 
 
-class StackedLinear(nn.Module):
-    """A projection of all experts, ``weight`` [experts, outputs, inputs], of which dimension ``dim`` is shared by the ranks.
-
-    A checkpoint has ``parts`` of the outputs apart.
-    """
-
-    def __init__(self, num_experts: int, outputs: int, inputs: int, dim: int, parts: int = 1) -> None:
-        super().__init__()
-        self.dim, self.parts = dim, parts
-        self.weight = nn.Parameter(torch.empty(num_experts, outputs, inputs), requires_grad=False)
-        set_weight_attrs(self.weight, {"weight_loader": self.load})
-
-    def load(self, param: torch.Tensor, tensor: torch.Tensor, shard: tuple[int | None, int]) -> None:
-        """Take this rank's share of a part of one expert's outputs, or of all experts' where the expert is None.
-
-        vLLM, which puts another parameter in its place to load weights again, calls the first argument ``param``.
-        """
-        expert, part = shard
-        share = tensor.chunk(get_tensor_model_parallel_world_size(), self.dim)[get_tensor_model_parallel_rank()]
-        (param.data if expert is None else param.data[expert]).chunk(self.parts, -2)[part].copy_(share)
-
-
-class Experts(nn.Module):
-    """What the chosen experts make of each token, weighted and added up, and what ``shared`` makes of all tokens.
+class StackedExperts(nn.Module):
+    """The experts in the model's dtype: ``w13_weight`` [experts, 2 * width, hidden_size], gates first, and ``w2_weight``
+    [experts, hidden_size, width], named as in vLLM's own layer. The ranks share the width of every expert.
 
     On a GPU vLLM's fused kernel rounds each weighted output to the model's dtype before it adds them. On a CPU, and in
     float32, outputs are weighted and added up in the weights' dtype and in the order of the experts, as in the published code.
     """
 
-    def __init__(self, hidden_size: int, shape: ExpertsShape, shared: nn.Module | None) -> None:
+    def __init__(self, hidden_size: int, shape: ExpertsShape, router: Router) -> None:
         super().__init__()
-        world_size = get_tensor_model_parallel_world_size()
-        if shape.intermediate_size % world_size:
+        self.world_size = get_tensor_model_parallel_world_size()
+        if shape.intermediate_size % self.world_size:
             raise ValueError(
                 f"the ranks share the intermediate size of each expert, {shape.intermediate_size}, which "
-                f"tensor_parallel_size={world_size} does not divide; choose another --tensor-parallel-size"
+                f"tensor_parallel_size={self.world_size} does not divide; choose another --tensor-parallel-size"
             )
-        self.world_size, share = world_size, shape.intermediate_size // world_size
+        self.choose = router.choose
+        width = shape.intermediate_size // self.world_size
+        self.w13_weight = nn.Parameter(torch.empty(shape.num_experts, 2 * width, hidden_size), requires_grad=False)
+        self.w2_weight = nn.Parameter(torch.empty(shape.num_experts, hidden_size, width), requires_grad=False)
+        for weight in (self.w13_weight, self.w2_weight):
+            set_weight_attrs(weight, {"weight_loader": self.load})
+
+    def load(
+        self, param: torch.Tensor, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int
+    ) -> None:
+        """Take this rank's share of a projection of one expert: gate ``w1``, up ``w3`` or down ``w2``.
+
+        The arguments are those of vLLM's layer. It puts another parameter in the place of ``param`` to load weights again.
+        """
+        whole = param.data[expert_id]
+        part = whole if shard_id == "w2" else whole.chunk(2)[shard_id == "w3"]
+        shares = loaded_weight.chunk(self.world_size, 1 if shard_id == "w2" else 0)
+        part.copy_(shares[get_tensor_model_parallel_rank()])
+
+    def forward(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        run = run_each if not x.is_cuda else run_fused if x.dtype.itemsize == 2 else run_all
+        out = run(x, self.w13_weight, self.w2_weight, *self.choose(logits))
+        if self.world_size > 1:
+            out = tensor_model_parallel_all_reduce(out)
+        return out.to(x.dtype)
+
+
+def experts_layer(
+    hidden_size: int, shape: ExpertsShape, router: Router, vllm_config: VllmConfig, prefix: str
+) -> nn.Module:
+    """What computes the experts, for inputs [tokens, hidden_size] and the router's logits; on every rank the whole sum.
+
+    Beside a quantization it is vLLM's own layer. Raises ValueError where that cannot be: on a CPU, for which vLLM has hardly
+    any kernels, unless the quantization leaves the experts out; and with adapters, which its layer would want for experts too.
+    """
+    quant_config = vllm_config.quant_config
+    if quant_config is not None and current_platform.is_cpu():
+        # one expert is asked for, by its own name: vLLM's layer of them cannot even be made where there is no kernel
+        expert = LinearBase(
+            hidden_size, shape.intermediate_size, quant_config=quant_config, prefix=f"{prefix}.0.up_proj"
+        )
+        if not isinstance(expert.quant_method, UnquantizedLinearMethod):
+            raise ValueError(
+                f"on a CPU experts keep the model's dtype, and quantization {quant_config.get_name()!r} includes those of "
+                f"{prefix}; serve the checkpoint on a GPU, or quantize it without its experts"
+            )
+    elif quant_config is not None:
+        from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+
+        if vllm_config.lora_config is not None:
+            raise ValueError(
+                f"adapters and quantization {quant_config.get_name()!r} of a model with experts exclude each other; remove "
+                "--enable-lora"
+            )
+        return FusedMoEFactory(
+            num_experts=shape.num_experts,
+            top_k=shape.routing.top_k,
+            hidden_size=hidden_size,
+            intermediate_size=shape.intermediate_size,
+            quant_config=quant_config,
+            dp_size=1,
+            pcp_size=1,
+            custom_routing_function=lambda hidden_states, gating_output, topk, renormalize: router.choose(
+                gating_output
+            ),
+            router_logits_dtype=router.weight.dtype,
+            prefix=prefix,
+        )
+    return StackedExperts(hidden_size, shape, router)
+
+
+class Experts(nn.Module):
+    """What the chosen experts make of each token, weighted and added up, and what ``shared`` makes of all tokens."""
+
+    def __init__(
+        self, hidden_size: int, shape: ExpertsShape, shared: nn.Module | None, vllm_config: VllmConfig, prefix: str
+    ) -> None:
+        super().__init__()
         self.router = Router(hidden_size, shape)
-        self.stacked_gate_up = StackedLinear(shape.num_experts, 2 * share, hidden_size, dim=-2, parts=2)
-        self.stacked_down = StackedLinear(shape.num_experts, hidden_size, share, dim=-1)
+        self.experts = experts_layer(hidden_size, shape, self.router, vllm_config, f"{prefix}.experts")
         self.shared = shared
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        run = run_each if not x.is_cuda else run_fused if x.dtype.itemsize == 2 else run_all
-        out = run(x, self.stacked_gate_up.weight, self.stacked_down.weight, *self.router(x))
-        if self.world_size > 1:
-            out = tensor_model_parallel_all_reduce(out)
-        out = out.to(x.dtype)
+        out = self.experts(x, self.router(x))
         return out if self.shared is None else out + self.shared(x)
 
 

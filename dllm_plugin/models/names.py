@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from vllm.model_executor.models.utils import WeightsMapper
 
-# of a projection, or of one of all experts: (expert, or None for all of them in one tensor; part of its outputs)
-Shard = int | str | tuple[int | None, int] | None
+# of a projection, or of one of all experts: (expert, or None for all of them in one tensor; vLLM's name of the projection)
+Shard = int | str | tuple[int | None, str] | None
 # of a stacked projection; adapters and quantization configs name its shards so
 SHARD_NAMES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", 0: "gate_proj", 1: "up_proj"}
 
@@ -31,19 +31,23 @@ class WeightNames:
             return (f"{self.outside[module]}.{kind}", None) if module in self.outside else ("", None)
         block, leaf = f"blocks.{match[1]}", match[2]
         if place := self.in_layer.get(f"{leaf}.*.{kind}"):  # of all experts, without ".weight" (inclusionAI/dFactory)
-            return f"{block}.{place[0]}.weight", (None, int(place[1] or 0))
+            return f"{block}.{place[0]}_weight", (None, str(place[1]))
         expert = re.fullmatch(r"(.+)\.(\d+)\.(.+)", leaf)
         target, shard = self.in_layer.get(f"{expert[1]}.*.{expert[3]}" if expert else leaf, ("", None))
         if not target:
             return "", None
-        return f"{block}.{target}.{kind}", (int(expert[2]), int(shard or 0)) if expert else shard
+        return (
+            (f"{block}.{target}_{kind}", (int(expert[2]), str(shard)))
+            if expert
+            else (f"{block}.{target}.{kind}", shard)
+        )
 
     @property
     def mapper(self) -> WeightsMapper:
         """The same mapping for vLLM, which renames the modules that adapters and quantization configs speak of.
 
-        A shard of a stacked projection keeps a name of its own there (``q_proj``), as `packed_modules_mapping` lists. Experts
-        have neither adapters nor quantization.
+        A shard of a stacked projection keeps a name of its own there (``q_proj``), as `packed_modules_mapping` lists, and so
+        does the projection of an expert (``experts.3.up_proj``).
         """
         patterns = {
             rf"^{re.escape(self.layer)}\.(\d+)\.{re.escape(leaf)}(?=\.|$)": (
@@ -88,9 +92,9 @@ DENSE_MLP: dict[str, tuple[str, int | str | None]] = {
 }
 EXPERTS: dict[str, tuple[str, int | str | None]] = {
     "mlp.gate": ("mlp.router", None),
-    "mlp.experts.*.gate_proj": ("mlp.stacked_gate_up", 0),
-    "mlp.experts.*.up_proj": ("mlp.stacked_gate_up", 1),
-    "mlp.experts.*.down_proj": ("mlp.stacked_down", 0),
+    "mlp.experts.*.gate_proj": ("mlp.experts.w13", "w1"),
+    "mlp.experts.*.up_proj": ("mlp.experts.w13", "w3"),
+    "mlp.experts.*.down_proj": ("mlp.experts.w2", "w2"),
 }
 # of Llama and Qwen, with biases, norms of heads and experts where a family has them
 LLAMA = WeightNames(

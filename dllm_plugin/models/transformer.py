@@ -62,7 +62,7 @@ class Shape:
         width = self.intermediate_size
         if self.experts is not None and isinstance(shard, tuple):
             width = self.experts.intermediate_size
-            shape = (self.hidden_size, width) if module == "stacked_down" else (width, self.hidden_size)
+            shape = (self.hidden_size, width) if shard[1] == "w2" else (width, self.hidden_size)
             return shape if shard[0] is not None else (self.num_experts, *shape)
         if module == "router":
             return (self.num_experts,) if kind == "expert_bias" else (self.num_experts, self.hidden_size)
@@ -146,7 +146,7 @@ class Block(nn.Module):
         self.mlp: nn.Module
         if sparse and (experts := shape.experts) is not None:
             shared = experts.shared_size and GatedMLP(size, experts.shared_size, quant_config, f"{prefix}.mlp.shared")
-            self.mlp = Experts(size, experts, shared or None)
+            self.mlp = Experts(size, experts, shared or None, vllm_config, f"{prefix}.mlp")
         else:
             self.mlp = GatedMLP(size, shape.intermediate_size, quant_config, f"{prefix}.mlp")
 
@@ -278,8 +278,11 @@ class DiffusionLM(nn.Module, SupportsLoRA):
 
         Raises ValueError naming the tensor where one is surplus, has the wrong shape, or is missing.
         """
-        # layers with adapters keep what was loaded under another name
-        parameters = {name.replace(".base_layer.", "."): p for name, p in self.decoder.named_parameters()}
+        # layers with adapters, and vLLM's layer of experts, keep what was loaded under another name
+        parameters = {
+            name.replace(".base_layer.", ".").replace(".routed_experts.", "."): parameter
+            for name, parameter in self.decoder.named_parameters()
+        }
         shape, loaded = self.decoder.shape, set[tuple[str, Shard]]()
         for name, tensor in weights:
             target, shard = self.names.locate(name)
@@ -294,11 +297,15 @@ class DiffusionLM(nn.Module, SupportsLoRA):
                     f"tensor {name} has shape {tuple(tensor.shape)}, and config.json asks for {asked}; the checkpoint and "
                     "its config.json do not belong together"
                 )
-            load = getattr(parameters[target], "weight_loader", default_weight_loader)
-            load(parameters[target], tensor, *(() if shard is None else (shard,)))
-            loaded |= (
-                {(target, (expert, shard[1])) for expert in experts} if isinstance(shard, tuple) else {(target, shard)}
-            )
+            param: Any = parameters[target]
+            if isinstance(shard, tuple):
+                for expert, part in zip(experts, [tensor] if shard[0] is not None else tensor, strict=True):
+                    param.weight_loader(param, part, weight_name=target, shard_id=shard[1], expert_id=expert)
+                    loaded.add((target, (expert, shard[1])))
+            else:
+                load = getattr(param, "weight_loader", default_weight_loader)
+                load(param, tensor, *(() if shard is None else (shard,)))
+                loaded.add((target, shard))
         # where a quantization method stores a weight under another name, no parameter has this one
         names = self.names.tensors_of(shape.num_layers, shape.num_experts)
         expected = {name: self.names.locate(name) for name in names}
