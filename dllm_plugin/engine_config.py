@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import ModelConfig
+from vllm.config import ModelConfig, ParallelConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
@@ -41,7 +41,17 @@ class DiffusionModelConfig(ModelConfig):
     """vLLM's model config with what we have resolved. Prefix caching is on by itself only where prefixes stand alone."""
 
     diffusion: EngineSettings
+    engine: ParallelConfig
     dtype: torch.dtype  # vLLM has resolved what the user wrote
+
+    @property
+    def is_moe(self) -> bool:
+        """False where several engines share the load: vLLM would have them step together, and ours never wait for each other.
+
+        In the process of one engine vLLM has set ``data_parallel_size`` back to 1.
+        """
+        alone = not hasattr(self, "engine") or self.engine.data_parallel_size == 1
+        return alone and super().is_moe
 
     @property
     def is_prefix_caching_supported(self) -> bool:
@@ -74,6 +84,7 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
     def verify_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         """Select our scheduler, worker and admission check. Raises ValueError for a setting that does not fit."""
         model = model_config_of(vllm_config)
+        model.engine = vllm_config.parallel_config
         model.hf_config.check()
         refuse_what_does_not_fit(vllm_config)
         defaults = engine_defaults(vllm_config)  # a wrong one stops start-up, not the first request
@@ -112,6 +123,7 @@ def refuse_what_does_not_fit(vllm_config: "VllmConfig") -> None:
     known = [isinstance(each, type) and issubclass(each, DiffusionAdmission) for each in model.logits_processors or ()]
     alone = family_of(model.architecture).prefix_stands_alone
     stages, held_back = parallel.pipeline_parallel_size, scheduler.prefill_schedule_interval
+    engines, placement = parallel.data_parallel_size, parallel.expert_placement_strategy
     refusals = {
         "speculative decoding needs left-to-right drafts, and a diffusion model unmasks in any order; remove "
         "--speculative-config": vllm_config.speculative_config is not None,
@@ -131,8 +143,11 @@ def refuse_what_does_not_fit(vllm_config: "VllmConfig") -> None:
         f"a diffusion model generates text, got runner={model.runner_type!r}; remove --runner": (
             model.runner_type != "generate"
         ),
-        "expert parallelism is not supported: every rank has a share of every expert; remove --enable-expert-parallel and "
-        "use --tensor-parallel-size alone": parallel.enable_expert_parallel,
+        f"expert parallelism is among the ranks of one engine, got data_parallel_size={engines}, and engines share nothing; "
+        "remove --enable-expert-parallel or --data-parallel-size": parallel.enable_expert_parallel and engines > 1,
+        "experts are never moved from rank to rank; remove --enable-eplb": parallel.enable_eplb,
+        f"experts follow each other on a rank, got expert_placement_strategy={placement!r}; remove "
+        "--expert-placement-strategy": placement != "linear",
         "prompts are token ids, whose masks and positions the canvas keeps; remove --enable-prompt-embeds": (
             model.enable_prompt_embeds
         ),

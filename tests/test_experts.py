@@ -5,9 +5,17 @@ import torch
 import torch.nn.functional as F
 from reference.block_models import LLaDA2, SDARMoe
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
 
 from dllm_plugin.models import experts as module
-from dllm_plugin.models.experts import Experts, ExpertsShape, GroupedSigmoidRouting, SoftmaxRouting, run_each
+from dllm_plugin.models.experts import (
+    Experts,
+    ExpertsShape,
+    GroupedSigmoidRouting,
+    SoftmaxRouting,
+    run_all,
+    run_each,
+)
 
 HIDDEN, EXPERTS, WIDTH = 64, 16, 24
 
@@ -115,20 +123,22 @@ def test_no_tokens():
     assert run_each(torch.zeros(0, HIDDEN), *experts(), weights, chosen).shape == (0, HIDDEN)
 
 
-# ---- shares of a tensor-parallel rank
+# ---- shares of a rank
 
 
-def loaded(monkeypatch, world_size, rank):
+def loaded(monkeypatch, world_size, rank, expert_parallel=False):
     """A layer of experts as one rank has it, with the tensors of a checkpoint."""
-    monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: world_size)
-    monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
+    for name, value in (("world_size", world_size), ("rank", rank)):
+        monkeypatch.setattr(module, f"get_tensor_model_parallel_{name}", lambda value=value: value)
     monkeypatch.setattr(module, "tensor_model_parallel_all_reduce", lambda x: x)
+    config = VllmConfig()
+    config.parallel_config.enable_expert_parallel = expert_parallel
     torch.manual_seed(2)
     routing = GroupedSigmoidRouting(3, 4, 2, 2.5)
-    layer = Experts(HIDDEN, ExpertsShape(EXPERTS, WIDTH, 0, routing), None, VllmConfig(), "mlp")
+    layer = Experts(HIDDEN, ExpertsShape(EXPERTS, WIDTH, 0, routing), None, config, "mlp")
     layer.router.weight.data = torch.randn(EXPERTS, HIDDEN)
-    gate, up, down = torch.randn(2, EXPERTS, WIDTH, HIDDEN), None, torch.randn(EXPERTS, HIDDEN, WIDTH)
-    gate, up = gate
+    gate, up = torch.randn(2, EXPERTS, WIDTH, HIDDEN)
+    down = torch.randn(EXPERTS, HIDDEN, WIDTH)
     for param in layer.experts.parameters():
         param.data.fill_(torch.nan)
     for shard, tensor in (("w1", gate), ("w3", up), ("w2", down)):
@@ -138,11 +148,15 @@ def loaded(monkeypatch, world_size, rank):
     return layer
 
 
+@pytest.mark.parametrize("of", ["widths", "experts"])
+@pytest.mark.parametrize("run", [run_each, run_all])
 @torch.inference_mode()
-def test_shares_of_the_ranks_add_up(monkeypatch):
+def test_shares_of_the_ranks_add_up(monkeypatch, run, of):
+    """`run_all` is what a GPU runs in float32."""
+    monkeypatch.setattr(module, "run_each", run)
     x = torch.randn(20, HIDDEN)
     whole = loaded(monkeypatch, 1, 0)(x)
-    shares = sum(loaded(monkeypatch, 3, rank)(x) for rank in range(3))
+    shares = sum(loaded(monkeypatch, 3, rank, of == "experts")(x) for rank in range(3))
     assert whole.abs().max() > 1
     torch.testing.assert_close(shares, whole, rtol=1e-4, atol=1e-4)
 
@@ -152,6 +166,33 @@ def test_a_width_that_ranks_cannot_share_is_refused(monkeypatch):
         ValueError, match=f"intermediate size of each expert, {WIDTH}, which tensor_parallel_size=5 does not"
     ):
         loaded(monkeypatch, 5, 0)
+    assert len(loaded(monkeypatch, 5, 0, expert_parallel=True).experts.w2_weight) == 4
+
+
+@pytest.mark.parametrize(
+    "world_size, shares",
+    [
+        (1, [range(0, 16)]),
+        (2, [range(0, 8), range(8, 16)]),
+        (3, [range(0, 6), range(6, 11), range(11, 16)]),
+        (16, [range(i, i + 1) for i in range(16)]),
+    ],
+)
+def test_experts_of_the_ranks(monkeypatch, world_size, shares):
+    """As vLLM's own layer shares them out: one after the other, the first ranks one more."""
+    for rank, mine in enumerate(shares):
+        layer = loaded(monkeypatch, world_size, rank, expert_parallel=True).experts
+        assert layer.mine == mine and layer.w13_weight.shape == (len(mine), 2 * WIDTH, HIDDEN)
+        num_experts, vllms, _ = determine_expert_map(world_size, rank, EXPERTS)
+        assert num_experts == len(mine)
+        assert (layer.places is None and vllms is None) or torch.equal(layer.places, vllms)
+
+
+def test_more_ranks_than_experts_are_refused(monkeypatch):
+    with pytest.raises(
+        ValueError, match=r"16 are too few for tensor_parallel_size=17; remove --enable-expert-parallel"
+    ):
+        loaded(monkeypatch, 17, 0, expert_parallel=True)
 
 
 def test_no_expert_of_a_dropped_group_is_chosen():

@@ -128,15 +128,13 @@ class PlainInt8Experts(CPUExpertsInt8):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None: ...  # nothing is packed
 
-    def apply(self, output, hidden_states, w1, w2, topk_weights, topk_ids, *_, expert_map=None, **__) -> None:
+    def apply(self, output, hidden_states, w1, w2, topk_weights, topk_ids, *_, **__) -> None:
         output.zero_()
         for expert in topk_ids.unique().tolist():
-            local = expert if expert_map is None else int(expert_map[expert])
-            if local >= 0:
-                tokens, place = (topk_ids == expert).nonzero(as_tuple=True)
-                gate, up = self.product(hidden_states[tokens], w1[local], self.w1_scale[local]).chunk(2, dim=-1)
-                rows = self.product(F.silu(gate) * up, w2[local], self.w2_scale[local])
-                output[tokens] += (rows * topk_weights[tokens, place, None]).to(output.dtype)
+            tokens, place = (topk_ids == expert).nonzero(as_tuple=True)
+            gate, up = self.product(hidden_states[tokens], w1[expert], self.w1_scale[expert]).chunk(2, dim=-1)
+            rows = self.product(F.silu(gate) * up, w2[expert], self.w2_scale[expert])
+            output[tokens] += (rows * topk_weights[tokens, place, None]).to(output.dtype)
 
     @staticmethod
     def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

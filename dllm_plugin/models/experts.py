@@ -1,7 +1,7 @@
 """Experts of a layer, and the routers that choose among them.
 
 Routers compute in float32 and are exact: among equal scores the lowest expert comes first, which `torch.topk` does not promise.
-Every rank of a tensor-parallel group has a share of every expert's intermediate size.
+The ranks of a tensor-parallel group share the intermediate size of each expert, or in expert parallelism the experts.
 """
 
 from dataclasses import dataclass
@@ -106,28 +106,57 @@ class Router(nn.Module):
         return self.routing.choose(logits, self.expert_bias)
 
 
+def experts_of_rank(num_experts: int, vllm_config: VllmConfig) -> range:
+    """The experts that this rank holds: all, or in expert parallelism as many as any other rank, the first ones one more.
+
+    Raises ValueError where a rank would have none.
+    """
+    world_size, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+    if not vllm_config.parallel_config.enable_expert_parallel:
+        return range(num_experts)
+    if num_experts < world_size:
+        raise ValueError(
+            f"expert parallelism gives each rank experts of its own, and {num_experts} are too few for tensor_parallel_size="
+            f"{world_size}; remove --enable-expert-parallel"
+        )
+    share, rest = divmod(num_experts, world_size)
+    first = rank * share + min(rank, rest)
+    return range(first, first + share + (rank < rest))
+
+
 class StackedExperts(nn.Module):
-    """The experts in the model's dtype: ``w13_weight`` [experts, 2 * width, hidden_size], gates first, and ``w2_weight``
-    [experts, hidden_size, width], named as in vLLM's own layer. The ranks share the width of every expert.
+    """The experts ``mine`` of a rank in the model's dtype: ``w13_weight`` [experts, 2 * width, hidden_size], gates first, and
+    ``w2_weight`` [experts, hidden_size, width], named as in vLLM's own layer. Where each rank has all experts, the ranks share
+    the width of each.
 
     On a GPU vLLM's fused kernel rounds each weighted output to the model's dtype before it adds them. On a CPU, and in
     float32, outputs are weighted and added up in the weights' dtype and in the order of the experts, as in the published code.
     """
 
-    def __init__(self, hidden_size: int, shape: ExpertsShape, router: Router) -> None:
+    places: torch.Tensor | None
+
+    def __init__(self, hidden_size: int, shape: ExpertsShape, router: Router, mine: range) -> None:
         super().__init__()
-        self.world_size = get_tensor_model_parallel_world_size()
-        if shape.intermediate_size % self.world_size:
+        self.world_size, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+        self.choose, self.mine, self.share, self.num_shares = router.choose, mine, rank, self.world_size
+        if len(mine) < shape.num_experts:
+            self.share, self.num_shares = 0, 1
+        if shape.intermediate_size % self.num_shares:
             raise ValueError(
                 f"the ranks share the intermediate size of each expert, {shape.intermediate_size}, which "
-                f"tensor_parallel_size={self.world_size} does not divide; choose another --tensor-parallel-size"
+                f"tensor_parallel_size={self.world_size} does not divide; choose another --tensor-parallel-size, or share the "
+                "experts themselves: --enable-expert-parallel"
             )
-        self.choose = router.choose
-        width = shape.intermediate_size // self.world_size
-        self.w13_weight = nn.Parameter(torch.empty(shape.num_experts, 2 * width, hidden_size), requires_grad=False)
-        self.w2_weight = nn.Parameter(torch.empty(shape.num_experts, hidden_size, width), requires_grad=False)
+        width = shape.intermediate_size // self.num_shares
+        self.w13_weight = nn.Parameter(torch.empty(len(mine), 2 * width, hidden_size), requires_grad=False)
+        self.w2_weight = nn.Parameter(torch.empty(len(mine), hidden_size, width), requires_grad=False)
         for weight in (self.w13_weight, self.w2_weight):
             set_weight_attrs(weight, {"weight_loader": self.load})
+        places = None  # of all experts among mine, -1 for those of other ranks
+        if len(mine) < shape.num_experts:
+            places = torch.full((shape.num_experts,), -1, dtype=torch.int32)
+            places[mine.start : mine.stop] = torch.arange(len(mine), dtype=torch.int32)
+        self.register_buffer("places", places, persistent=False)
 
     def load(
         self, param: torch.Tensor, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int
@@ -136,14 +165,19 @@ class StackedExperts(nn.Module):
 
         The arguments are those of vLLM's layer. It puts another parameter in the place of ``param`` to load weights again.
         """
-        whole = param.data[expert_id]
+        if expert_id not in self.mine:
+            return
+        whole = param.data[self.mine.index(expert_id)]
         part = whole if shard_id == "w2" else whole.chunk(2)[shard_id == "w3"]
-        shares = loaded_weight.chunk(self.world_size, 1 if shard_id == "w2" else 0)
-        part.copy_(shares[get_tensor_model_parallel_rank()])
+        part.copy_(loaded_weight.chunk(self.num_shares, 1 if shard_id == "w2" else 0)[self.share])
 
     def forward(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        run = run_each if not x.is_cuda else run_fused if x.dtype.itemsize == 2 else run_all
-        out = run(x, self.w13_weight, self.w2_weight, *self.choose(logits))
+        weights, chosen = self.choose(logits)
+        if x.is_cuda and x.dtype.itemsize == 2:
+            out = run_fused(x, self.w13_weight, self.w2_weight, weights, chosen, self.places)
+        else:
+            run = run_all if x.is_cuda else run_each
+            out = run(x, self.w13_weight, self.w2_weight, weights, chosen - self.mine.start)
         if self.world_size > 1:
             out = tensor_model_parallel_all_reduce(out)
         return out.to(x.dtype)
@@ -157,7 +191,7 @@ def experts_layer(
     Beside a quantization it is vLLM's own layer. Raises ValueError where that cannot be: on a CPU, for which vLLM has hardly
     any kernels, unless the quantization leaves the experts out; and with adapters, which its layer would want for experts too.
     """
-    quant_config = vllm_config.quant_config
+    quant_config, mine = vllm_config.quant_config, experts_of_rank(shape.num_experts, vllm_config)
     if quant_config is not None and current_platform.is_cpu():
         # one expert is asked for, by its own name: vLLM's layer of them cannot even be made where there is no kernel
         expert = LinearBase(
@@ -190,7 +224,7 @@ def experts_layer(
             router_logits_dtype=router.weight.dtype,
             prefix=prefix,
         )
-    return StackedExperts(hidden_size, shape, router)
+    return StackedExperts(hidden_size, shape, router, mine)
 
 
 class Experts(nn.Module):
@@ -212,9 +246,12 @@ class Experts(nn.Module):
 def run_each(
     x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor
 ) -> torch.Tensor:
-    """``[tokens, hidden_size]`` of the dtype of ``weights``, one expert after another."""
-    out = torch.zeros(x.shape, dtype=weights.dtype, device=x.device)
-    for expert in chosen.unique().tolist():
+    """``[tokens, hidden_size]`` of the dtype of ``weights``, one expert after another.
+
+    ``chosen`` counts from the first expert of ``down``; what is outside of these is for other ranks.
+    """
+    out, mine = torch.zeros(x.shape, dtype=weights.dtype, device=x.device), range(len(down))
+    for expert in (expert for expert in chosen.unique().tolist() if expert in mine):
         tokens, place = (chosen == expert).nonzero(as_tuple=True)
         rows = F.pad(x[tokens], (0, 0, 0, max(0, _ROWS - len(tokens))))
         rows = F.linear(gated_silu(F.linear(rows, gate_up[expert])), down[expert])[: len(tokens)]
@@ -237,8 +274,17 @@ def run_all(
 
 
 def run_fused(
-    x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    places: torch.Tensor | None,
 ) -> torch.Tensor:
+    """The same by vLLM's kernel, to which ``places`` tells the places in ``down`` of what ``chosen`` numbers."""
     from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 
-    return fused_experts(x, gate_up, down, weights.float(), chosen.int())
+    num_experts = len(down if places is None else places)
+    return fused_experts(
+        x, gate_up, down, weights.float(), chosen.int(), global_num_experts=num_experts, expert_map=places
+    )

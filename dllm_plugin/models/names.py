@@ -64,13 +64,10 @@ class WeightNames:
         parent, dot, _ = ours.rpartition(".")
         return ours if shard is None else f"{parent}{dot}{SHARD_NAMES[shard]}"
 
-    def tensors_of(self, num_layers: int, num_experts: int = 0) -> Iterable[str]:
-        """Every name `locate` knows, weights and biases alike, with a tensor for each expert."""
-        leaves = [
-            leaf.replace("*", str(expert))
-            for leaf in self.in_layer
-            for expert in range(num_experts if "*" in leaf else 1)
-        ]
+    def tensors_of(self, num_layers: int, experts: Iterable[int] = ()) -> Iterable[str]:
+        """Every name `locate` knows, weights and biases alike, with a tensor for each of the ``experts``."""
+        leaves = [leaf for leaf in self.in_layer if "*" not in leaf]
+        leaves += [leaf.replace("*", str(expert)) for leaf in self.in_layer if "*" in leaf for expert in experts]
         modules = [*self.outside, *(f"{self.layer}.{i}.{leaf}" for i in range(num_layers) for leaf in leaves)]
         return (f"{module}.{kind}" for module in modules for kind in ("weight", "bias", "expert_bias"))
 

@@ -26,7 +26,7 @@ from dllm_plugin.kernels.head_norm import head_norm
 from dllm_plugin.kernels.rms_norm import rms_norm
 from dllm_plugin.kernels.rotary import rotate
 from dllm_plugin.models.configs import DiffusionConfig
-from dllm_plugin.models.experts import Experts, ExpertsShape
+from dllm_plugin.models.experts import Experts, ExpertsShape, experts_of_rank
 from dllm_plugin.models.names import Shard, WeightNames
 
 
@@ -251,6 +251,7 @@ class DiffusionLM(nn.Module, SupportsLoRA):
         self.quant_config = vllm_config.quant_config
         self.config = cast(DiffusionConfig, vllm_config.model_config.hf_config)  # vLLM's LoRA manager reads it
         shape = self.shape_of(self.config)
+        self.experts = experts_of_rank(shape.num_experts, vllm_config)  # that must be loaded
         self.decoder = Decoder(shape, vllm_config, prefix=maybe_prefix(prefix, "decoder"))
 
     @property
@@ -307,7 +308,7 @@ class DiffusionLM(nn.Module, SupportsLoRA):
                 load(param, tensor, *(() if shard is None else (shard,)))
                 loaded.add((target, shard))
         # where a quantization method stores a weight under another name, no parameter has this one
-        names = self.names.tensors_of(shape.num_layers, shape.num_experts)
+        names = self.names.tensors_of(shape.num_layers, self.experts)
         expected = {name: self.names.locate(name) for name in names}
         missing = [n for n, place in expected.items() if place[0] in parameters and place not in loaded]
         if missing:

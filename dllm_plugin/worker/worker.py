@@ -63,4 +63,4 @@ class DiffusionWorker(_PlatformWorker):
         return CompilationTimes(language_model=0.0, encoder=0.0)
 
     def execute_dummy_batch(self) -> None:
-        """Data-parallel ranks of a dense model need no common step."""
+        """Engines of data parallelism do not step together, so that nothing is to be done for another one."""
