@@ -208,7 +208,7 @@ class DiffusionModelRunner(AdapterMixin):
             no_mass=state.no_mass[slot] if needs.suppression else None,
             temperature=temperature,
             tempered=state.tempered[slot] if needs.sampling else None,
-            cut=self.filter(logits, slot, temperature) if needs.filters else None,
+            cut=self.filter(logits, given(slot), temperature, needs.suppression) if needs.filters else None,
             unfiltered=state.unfiltered[slot] if needs.filters else None,
             seed=seed if needs.sampling else None,
             position=position if needs.sampling else None,
@@ -237,11 +237,19 @@ class DiffusionModelRunner(AdapterMixin):
         given_ids = self.state.logprob_ids[given(slot)] if needs.logprob_ids else None
         return score(x, token, needs.num_logprobs, given_ids, self.model_config.logprobs_mode.endswith("logprobs"))
 
-    def filter(self, logits: torch.Tensor, slot: torch.Tensor | None, temperature: torch.Tensor | None) -> Cut:
+    def filter(
+        self, logits: torch.Tensor, slot: torch.Tensor, temperature: torch.Tensor | None, suppression: bool
+    ) -> Cut:
         """Where top-k and top-p cut every row."""
-        state, slot = self.state, given(slot)
-        top_k, top_p, k_first = (per_slot[slot] for per_slot in (state.top_k, state.top_p, state.top_k_first))
-        return find_cut(logits, Filters(temperature=temperature, top_k=top_k, top_p=top_p, k_first=k_first))
+        state = self.state
+        filters = Filters(
+            temperature=temperature,
+            top_k=state.top_k[slot],
+            top_p=state.top_p[slot],
+            k_first=state.top_k_first[slot],
+            gone=state.gone[slot] if suppression else None,
+        )
+        return find_cut(logits, filters)
 
     def edit(self, batch: StepBatch, chosen: ChosenRows) -> torch.Tensor | None:
         """Replace tokens of open blocks that the model would not choose again; how many, ``[blocks]``, where any may be.
