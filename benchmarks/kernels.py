@@ -1,7 +1,7 @@
 """Times the kernels of dllm_plugin against what the device can do, after checking that they are right.
 
     python benchmarks/kernels.py                      # CUDA if there is one, else the torch path on the CPU
-    python benchmarks/kernels.py --op attention       # attention, confidence, unmask or store_kv
+    python benchmarks/kernels.py --op attention       # attention, confidence, filter, unmask or store_kv
     python benchmarks/kernels.py --json FILE          # the same JSON that the last line prints, indented
     python benchmarks/kernels.py --table FILE         # the table of docs/performance.md out of such a file
     compute-sanitizer python benchmarks/kernels.py --check    # small cases of each, checked and not timed
@@ -28,14 +28,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import CACHE_BYTES, ceilings, environment, graph_time, input_sets, int32, report, table, wall_time
+from choice_kernels import ALL, VOCABULARIES, confidence_cases, confidence_error, filter_cases, filter_error
+from measure import ceilings, environment, graph_time, input_sets, int32, report, table, wall_time
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dllm_plugin.kernels.confidence import Choice, confidence, confidence_rule
-from dllm_plugin.kernels.dispatch import tl, triton
+from dllm_plugin.kernels.confidence import Choice, confidence
+from dllm_plugin.kernels.filter import Filters, find_cut
 from dllm_plugin.kernels.gated_silu import gated_silu, gated_silu_rule
 from dllm_plugin.kernels.head_norm import head_norm, head_norm_rule
 from dllm_plugin.kernels.rms_norm import rms_norm, rms_norm_rule
@@ -53,9 +54,7 @@ from dllm_plugin.kernels.window_attention import (
 )
 
 LLADA, DREAM = (32, 32, 128), (28, 4, 128)  # heads, key-value heads, head size
-VOCABULARIES = {"llada": 126_464, "dream": 152_064}
-ALL = {"margin": True, "entropy": True, "log_probability": True}
-OPERATIONS = ("attention", "confidence", "unmask", "store_kv")
+OPERATIONS = ("attention", "confidence", "filter", "unmask", "store_kv")
 
 
 def starts(lengths: list[int]) -> list[int]:
@@ -221,95 +220,6 @@ def attention_cases(limits: dict[str, float], quick: bool) -> list[dict]:
     return rows
 
 
-# --- confidence -----------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _read_kernel(source, maxima, numel, steps, BLOCK: tl.constexpr):
-    """The highest number of one part: as little as a kernel can do with what it reads."""
-    first = tl.program_id(0).to(tl.int64) * steps * BLOCK
-    highest = tl.full([BLOCK], float("-inf"), tl.float32)
-    for step in range(steps):
-        index = first + step * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(source + index, mask=index < numel, other=float("-inf"))
-        highest = tl.maximum(highest, x.to(tl.float32))
-    tl.store(maxima + tl.program_id(0), tl.max(highest, 0))
-
-
-def read_time(buffers: list[Tensor]) -> float:
-    """Seconds of one launch that reads a buffer and leaves one number a program, with the best of some tilings."""
-
-    def read(source: Tensor, block: int, programs: int) -> Tensor:
-        steps = math.ceil(source.numel() / (block * programs))
-        maxima = torch.empty(programs, device="cuda")
-        _read_kernel[(programs,)](source, maxima, source.numel(), steps, BLOCK=block)
-        return maxima
-
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    tilings = [(block, multiprocessors * each) for block in (1024, 2048, 4096, 8192) for each in (2, 4, 8, 16)]
-    return min(graph_time([partial(read, x, *tiling) for x in buffers], 10) for tiling in tilings)
-
-
-def confidence_error(logits: Tensor, choice: Choice) -> float:
-    """Largest error of any statistic, relative above 1; infinite when a token differs."""
-    worst = 0.0
-    for part in torch.arange(len(logits), device=logits.device).split(64):
-        got, want = (run(logits[part], choice.of(part)) for run in (confidence, confidence_rule))
-        if not torch.equal(got.token, want.token):
-            return math.inf
-        for name in ("probability", "log_probability", "margin", "entropy"):
-            a, b = getattr(got, name), getattr(want, name)
-            worst = max(worst, float(((a - b) / b.abs().clamp(min=1)).abs().max()))
-    return worst
-
-
-def confidence_cases(limits: dict[str, float], quick: bool) -> list[dict]:
-    rows = []
-    for model, vocab in VOCABULARIES.items():
-        for count in (32, 256, 2048):
-            index = torch.arange(count, device="cuda")
-            no_choice = torch.full((count, 1), vocab - 128, device="cuda")
-            drawn = {
-                "temperature": torch.ones(count, device="cuda"),
-                "seed": index,
-                "position": index,
-                "timestep": index,
-            }
-
-            def logits(count: int = count, vocab: int = vocab) -> Tensor:
-                return (torch.randn(count, vocab, device="cuda") * 3).to(torch.bfloat16)
-
-            one = logits()
-            error = confidence_error(one, Choice(no_choice=no_choice, **ALL))
-            buffers = [one] + [logits() for _ in range(min(31, math.ceil(CACHE_BYTES / one.nbytes) - 1))]
-            for what, options in {
-                "token": {},
-                "token+margin": {"margin": True},
-                "all": ALL,
-                "sampled": drawn,
-            }.items():
-                calls = [partial(confidence, x, Choice(no_choice=no_choice, **options)) for x in buffers]
-                passes = 2 if what == "all" else 1
-                name = f"confidence {model} {count} {what}"
-                row = report(name, graph_time(calls), one.nbytes * passes, 0.0, limits, error, 2e-5)
-                rows.append(row)
-                if what == "token" and model == "llada" and not quick:
-                    copies = [torch.empty_like(x) for x in buffers]
-                    rivals = {
-                        "copy_of_the_logits": [
-                            lambda x=x, y=y: y.copy_(x) for x, y in zip(buffers, copies, strict=True)
-                        ],
-                        "torch_softmax": [lambda x=x: x.softmax(1) for x in buffers],
-                        "torch_max": [lambda x=x: x.max(1) for x in buffers],
-                    }
-                    if count <= 256:
-                        rivals["torch_sort"] = [lambda x=x: x.sort(1) for x in buffers[:1]]
-                    row["rivals_s"] = {name: graph_time(calls, 10) for name, calls in rivals.items()}
-                    row["rivals_s"]["one_launch_that_reads_them"] = read_time(buffers)
-                    print("   ", {name: f"{seconds * 1e6:.1f} us" for name, seconds in row["rivals_s"].items()})
-    return rows
-
-
 # --- unmask and store_kv --------------------------------------------------------------------------------------------
 
 
@@ -428,6 +338,19 @@ def check() -> dict[str, float]:
     errors["confidence"] = confidence_error(logits, Choice(no_choice=row[:, None], **ALL))
     drawn = {"temperature": torch.ones(5, device="cuda"), "seed": row, "position": row, "timestep": row}
     errors["confidence, sampled"] = confidence_error(logits, Choice(**drawn, **ALL))
+    mixed = Filters(
+        temperature=torch.tensor([1.0, 0.5, 0.0, 1.5, 1.0], device="cuda"),
+        top_k=torch.tensor([0, 7, 300, 0, 9001], device="cuda"),
+        top_p=torch.tensor([0.7123, 0.9, 1.0, 0.3, 0.9912], device="cuda"),
+        min_p=torch.tensor([0.0, 0.0, 0.01, 0.02, 0.0], device="cuda"),
+        k_first=row % 2 == 0,
+        gone=row[:, None],
+    )
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        errors[f"find_cut, {dtype}"] = filter_error(logits.to(dtype), mixed)
+    cut = {"cut": find_cut(logits, mixed), "unfiltered": row % 2 == 1, "tempered": row < 3}
+    sampled = drawn | {"temperature": mixed.temperature} | cut
+    errors["confidence, filtered"] = confidence_error(logits, Choice(no_choice=row[:, None], **sampled, **ALL))
     errors["unmask"] = unmask_error(3, 70, 200)
     errors |= block_operation_errors()
     errors["store_kv"] = store_kv_error(*store_kv_inputs(7, 3, 80, 4, torch.float32))
@@ -496,6 +419,7 @@ def main() -> None:
         cases = {
             "attention": attention_cases,
             "confidence": confidence_cases,
+            "filter": filter_cases,
             "unmask": unmask_cases,
             "store_kv": store_kv_cases,
         }

@@ -98,25 +98,28 @@ def test_a_graph_does_not_keep_the_pace_it_was_recorded_with(recording, rule):
     assert len(rerun.recorded) == 1 and rerun.num_replays > 0
 
 
-def test_samples_are_those_of_steps_that_are_run(recording):
-    requests = [
-        (random_prompt(9, f"sampled {i}"), SamplingParams(temperature=1.0, seed=i, max_tokens=12, detokenize=False))
-        for i in range(4)
+FILTERS = ({}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": 40, "top_p": 0.9})
+
+
+@pytest.mark.parametrize("filters", [({},) * 4, FILTERS], ids=["plain", "filtered"])
+def test_samples_are_those_of_steps_that_are_run(recording, filters):
+    """The graphs of the second round serve other filters than they were recorded with."""
+    rounds = [
+        [
+            (
+                random_prompt(9, f"sampled {i}"),
+                SamplingParams(temperature=1.0, seed=i, max_tokens=12, detokenize=False, ignore_eos=True, **asked),
+            )
+            for i, asked in enumerate(order)
+        ]
+        for order in (filters, filters[::-1])
     ]
-    run, _ = drive(engine("llada"), requests)
+    run = [drive(engine("llada"), requests)[0] for requests in rounds]
     llm, rerun = recording("llada")
-    for _ in range(2):
+    for requests, outputs in zip(rounds * 2, run * 2, strict=True):
         replayed, _ = drive(llm, requests)
-        assert [o.outputs[0].token_ids for o in replayed] == [o.outputs[0].token_ids for o in run]
+        assert [o.outputs[0].token_ids for o in replayed] == [o.outputs[0].token_ids for o in outputs]
     assert rerun.num_replays > 10
-
-
-def test_filters_are_left_to_the_ordinary_path(recording):
-    """Top-k sorts rows that only the host can count."""
-    llm, rerun = recording("llada")
-    params = SamplingParams(temperature=1.0, top_k=5, seed=1, max_tokens=6, detokenize=False)
-    drive(llm, [(random_prompt(5, "filtered"), params)] * 2)
-    assert not rerun.recorded
 
 
 def test_least_used_graphs_make_room(recording, monkeypatch):

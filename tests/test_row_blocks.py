@@ -16,10 +16,9 @@ from support.engines import drive, engine, model_runner, num_forwards
 from vllm import SamplingParams
 
 from dllm_plugin.kernels.confidence import confidence
-from dllm_plugin.kernels.filter import filter_top_k_top_p
-from dllm_plugin.worker import model_runner as runner_module
+from dllm_plugin.kernels.filter import find_cut
 
-CHOICE, FILTER = (sys.modules[kernel.__module__] for kernel in (confidence, filter_top_k_top_p))
+CHOICE, FILTER = (sys.modules[kernel.__module__] for kernel in (confidence, find_cut))
 # the likeliest token of their rows is often one that may not be chosen
 CHECKPOINTS = ("llada-loud", "dream-loud")
 HOLE = -1
@@ -68,9 +67,7 @@ def cut(patch: pytest.MonkeyPatch, checkpoint: str, place: str, rows: int) -> No
     if place in ("choice", "everywhere"):
         patch.setattr(CHOICE, "_SCRATCH_BYTES", 4 * VOCABULARY * (rows + 1))
     if place in ("filter", "everywhere"):
-        patch.setattr(runner_module, "FILTER_BYTES", 4 * VOCABULARY * rows)
-    if place == "everywhere":
-        patch.setattr(FILTER, "_SCRATCH_BYTES", 24 * VOCABULARY)
+        patch.setattr(FILTER, "_SCRATCH_BYTES", FILTER._BYTES_PER_COLUMN * VOCABULARY * rows)
 
 
 def decode(checkpoint: str, requests: list[tuple[list[int], SamplingParams]]) -> list[tuple[list[int], int]]:

@@ -54,6 +54,10 @@ CASES = [
     for checkpoint in ("llada-loud", "dream-loud")
     for suppression in ("logits", "confidence")
 ] + [
+    PolicyCase(checkpoint, policy, 16, prompt=9, temperature=0.7, suppression="logits", **filters)
+    for checkpoint, policy in (("llada-loud", "maskgit_plus"), ("dream-loud", "entropy"), ("dream-loud", "topk_margin"))
+    for filters in ({"top_k": 1}, {"top_k": 2}, {"top_p": 0.6})
+] + [
     PolicyCase("llada-padded", policy, 16, prompt=9, temperature=0.7, **filters)
     for policy, filters in (("low_confidence", {}), ("entropy", {"top_p": 0.8}), ("maskgit_plus", {"top_k": 5}))
 ] + [  # the mask is often what a filter keeps

@@ -10,7 +10,9 @@ greedy. The statistics are of softmax(logits), or of softmax(logits / temperatur
 
 `no_choice` columns are never chosen but keep their mass (the mask id: public references leave it in the softmax);
 `no_mass` columns may be chosen but are dropped from the statistics, so that choosing one has probability 0. A column in
-both is gone. Rows of ids are padded with -1; what is not a column, below 0 or past the last, is ignored.
+both is gone. Rows of ids are padded with -1; what is not a column, below 0 or past the last, is ignored. What a `cut` takes
+out is neither drawn nor has mass; in `unfiltered` rows it keeps its mass. A row whose cut leaves nothing that may be chosen
+chooses the best column that may, which then has probability 0 unless it keeps its mass.
 
 Ties take the lowest index. Statistics are fp32. A row whose columns are all `-inf` chooses its lowest column that is not
 in `no_choice`; its statistics are NaN where no column has mass, which `unmask` ranks last. A forbidden column is never
@@ -29,16 +31,18 @@ from torch import Tensor
 from dllm_plugin.kernels import dispatch, philox
 from dllm_plugin.kernels.confidence_triton import entropy_kernel, merge_kernel, part_kernel
 from dllm_plugin.kernels.dispatch import contiguous, refuse, triton, use_triton
+from dllm_plugin.kernels.filter import Cut, check_ids, no_cut, without
 
 ENTROPY_EPSILON = 1e-10  # Dream's
 _SCRATCH_BYTES = 2_000_000
 _TILE, _TILE_WARPS = 1024, 4
 _PARTS_PER_MULTIPROCESSOR = 16  # as many as run at a time: more of them only repeat the work at the ends of a part
 _PARTIALS = 7  # score, token, maximum, sum, best logit, best column, best of the others
-_NOISE = {"temperature": torch.float32, "tempered": torch.bool} | dict.fromkeys(
-    ("seed", "position", "timestep"), torch.int64
-)
-_PER_ROW = ("no_choice", "no_mass", *_NOISE)
+_DTYPES = {  # of what has one entry a row
+    "unfiltered": torch.bool, "temperature": torch.float32, "tempered": torch.bool,
+    "seed": torch.int64, "position": torch.int64, "timestep": torch.int64,
+}  # fmt: skip
+_PER_ROW = ("no_choice", "no_mass", *_DTYPES)
 STATISTICS = ("log_probability", "margin", "entropy")  # computed only where a `Choice` asks for them
 
 
@@ -50,6 +54,8 @@ class Choice:
     no_mass: Tensor | None = None  # [rows, B] int64, likewise
     temperature: Tensor | None = None  # [rows] fp32; None: all greedy
     tempered: Tensor | None = None  # [rows] bool
+    cut: Cut | None = None  # found at the same temperature
+    unfiltered: Tensor | None = None  # [rows] bool
     seed: Tensor | None = None  # [rows] int64, needed with `temperature` as the next two are
     position: Tensor | None = None
     timestep: Tensor | None = None
@@ -66,7 +72,8 @@ class Choice:
     def of(self, rows: slice | Tensor) -> "Choice":
         """The choice in some of the rows."""
         per_row = ((name, getattr(self, name)) for name in _PER_ROW)
-        return replace(self, **{name: tensor[rows] for name, tensor in per_row if tensor is not None})
+        parts = {name: tensor[rows] for name, tensor in per_row if tensor is not None}
+        return replace(self, **parts, cut=None if self.cut is None else self.cut.of(rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +96,21 @@ def confidence(logits: Tensor, choice: Choice) -> Confidence:
 def confidence_rule(logits: Tensor, choice: Choice) -> Confidence:
     """The contract in float64, whose statistics are all there, asked for or not."""
     x = logits.double()
-    score = _without(x.clamp(min=torch.finfo(x.dtype).min), choice.no_choice)
+    score = without(x.clamp(min=torch.finfo(x.dtype).min), choice.no_choice)
     best = token = score.argmax(1, keepdim=True)
+    cut = no_cut(logits) if choice.cut is None else choice.cut
+    out = cut.takes_out(logits, choice.temperature)
     if choice.temperature is not None:
         temperature = choice.temperature[:, None].double()
         noise = philox.gumbel(*choice.noise_keys, num_columns=x.shape[1])
-        token = torch.where(temperature > 0, score + temperature * noise, score).argmax(1, keepdim=True)
+        drawn = (score + temperature * noise).masked_fill(out, -torch.inf)
+        highest, drawn = drawn.max(1, keepdim=True)
+        token = torch.where((temperature > 0) & (highest > -torch.inf), drawn, best)
         if choice.tempered is not None:
             x = torch.where(choice.tempered[:, None] & (temperature > 0), x / temperature, x)
-    x = _without(x, choice.no_mass)
+    if choice.unfiltered is not None:
+        out = out & ~choice.unfiltered[:, None]
+    x = without(x.masked_fill(out, -torch.inf), choice.no_mass)
     p = x.softmax(1)
     margin = p.gather(1, best) - p.scatter(1, best, 0.0).amax(1, keepdim=True)
     return Confidence(
@@ -109,13 +122,6 @@ def confidence_rule(logits: Tensor, choice: Choice) -> Confidence:
     )
 
 
-def _without(x: Tensor, ids: Tensor | None) -> Tensor:
-    """`x` with `-inf` in the columns that the rows of `ids` name."""
-    for entry in () if ids is None else ids.unbind(1):
-        x = x.masked_fill(entry[:, None] == torch.arange(x.shape[1], device=x.device), float("-inf"))
-    return x
-
-
 def confidence_cpu(logits: Tensor, choice: Choice) -> Confidence:
     """The torch path: blocks of rows through one fp32 scratch buffer, whatever the number of rows.
 
@@ -125,7 +131,7 @@ def confidence_cpu(logits: Tensor, choice: Choice) -> Confidence:
     rows, vocab = logits.shape
     at_once = rows_per_block(vocab)
     if at_once >= rows:
-        changed = choice.no_mass is not None or choice.tempered is not None
+        changed = any(part is not None for part in (choice.no_mass, choice.tempered, choice.cut))
         x = logits.to(torch.float32, copy=changed)
         return Confidence(*_block(x, choice, overwrite=x is not logits))
     scratch = logits.new_empty((at_once, vocab), dtype=torch.float32)
@@ -146,8 +152,10 @@ def _block(
     best = token = _greedy(x, choice.no_choice)
     if choice.temperature is not None:
         token = _sample(x, token, choice.temperature, choice)
-        if choice.tempered is not None:
-            x.div_(torch.where(choice.tempered & (choice.temperature > 0), choice.temperature, 1.0)[:, None])
+    if choice.cut is not None:
+        _filter(x, choice.cut, choice)
+    if choice.temperature is not None and choice.tempered is not None:
+        x.div_(torch.where(choice.tempered & (choice.temperature > 0), choice.temperature, 1.0)[:, None])
     if choice.no_mass is not None:
         _drop(x, choice.no_mass)
 
@@ -179,11 +187,24 @@ def _sample(x: Tensor, greedy: Tensor, temperature: Tensor, choice: Choice) -> T
     """Gumbel-max samples in the rows that have a temperature, the greedy token in the others."""
     token = greedy.clone()
     for row in _copied_rows(temperature, x):
-        mine = choice.of(row)
-        noised = _allow(x[row], mine.no_choice)
+        mine, noised = choice.of(row), x[row]
+        out = None if mine.cut is None else mine.cut.takes_out(noised, mine.temperature)
+        _allow(noised, mine.no_choice)
         _add_noise(noised, temperature[row], *mine.noise_keys)
-        token[row] = _first_argmax(noised)
+        if out is not None:
+            noised.masked_fill_(out, float("-inf"))
+        drawn = _first_argmax(noised)
+        is_drawn = noised.gather(1, drawn[:, None]).squeeze(1) > float("-inf")
+        token[row] = torch.where(is_drawn, drawn, greedy[row])
     return token
+
+
+def _filter(x: Tensor, cut: Cut, choice: Choice) -> None:
+    """Puts `-inf` into the columns that have no mass because they are out."""
+    cuts = cut.logit > float("-inf")
+    for row in _copied_rows(cuts if choice.unfiltered is None else cuts & ~choice.unfiltered, x):
+        mine, kept = choice.of(row), x[row]
+        x[row] = kept.masked_fill_(cut.of(row).takes_out(kept, mine.temperature), float("-inf"))
 
 
 def _add_noise(x: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, timestep: Tensor) -> None:
@@ -256,27 +277,20 @@ def _check(logits: Tensor, choice: Choice) -> None:
         refuse(must, {"logits": logits}, remedy="pass logits.contiguous()")
     check_ids("no_choice", choice.no_choice, logits)
     check_ids("no_mass", choice.no_mass, logits)
+    rows, device = logits.shape[0], logits.device
+    tensors = {name: (getattr(choice, name), dtype) for name, dtype in _DTYPES.items()}
+    if choice.cut is not None:
+        tensors |= {"cut.logit": (choice.cut.logit, torch.float32), "cut.column": (choice.cut.column, torch.int32)}
+    for name, (tensor, dtype) in tensors.items():
+        if tensor is not None and (tensor.shape != (rows,) or tensor.dtype != dtype or tensor.device != device):
+            refuse(f"{name} must be {dtype} [{rows}]", {name: tensor}, {"logits": logits})
     if choice.temperature is None:
         if choice.tempered is not None:
             raise ValueError("tempered asks for statistics at the row's temperature; pass temperature too")
         return
-    rows, device = logits.shape[0], logits.device
-    for name, dtype in _NOISE.items():
-        tensor = getattr(choice, name)
-        if tensor is None:
-            if name != "tempered":
-                raise ValueError(f"temperature needs {name} [{rows}] for its noise; pass it, or temperature=None")
-        elif tensor.shape != (rows,) or tensor.dtype != dtype or tensor.device != device:
-            refuse(f"{name} must be {dtype} [{rows}]", {name: tensor}, {"logits": logits})
-
-
-def check_ids(name: str, ids: Tensor | None, logits: Tensor) -> None:
-    """Refuses what cannot be `no_choice` or `no_mass` of these rows, by shape, dtype and device."""
-    if ids is None:
-        return
-    rows = logits.shape[0]
-    if ids.dim() != 2 or ids.shape[0] != rows or ids.dtype != torch.int64 or ids.device != logits.device:
-        refuse(f"{name} must be int64 [{rows}, n], padded with -1", {name: ids}, {"logits": logits})
+    for name in ("seed", "position", "timestep"):
+        if getattr(choice, name) is None:
+            raise ValueError(f"temperature needs {name} [{rows}] for its noise; pass it, or temperature=None")
 
 
 def confidence_triton(logits: Tensor, choice: Choice) -> Confidence:
@@ -288,7 +302,11 @@ def confidence_triton(logits: Tensor, choice: Choice) -> Confidence:
     result = Confidence(new(dtype=torch.int64), new(), *others)
     if rows == 0:
         return result
-    no_choice, no_mass, temperature, tempered, *noise = contiguous(*(getattr(choice, name) for name in _PER_ROW))
+    no_choice, no_mass, unfiltered, temperature, tempered, *noise = contiguous(
+        *(getattr(choice, name) for name in _PER_ROW)
+    )
+    cut = (None, None) if choice.cut is None else contiguous(choice.cut.logit, choice.cut.column)
+    filters = (*cut, unfiltered)
     num_no_choice, num_no_mass = (0 if ids is None else ids.shape[1] for ids in (no_choice, no_mass))
     tile, tiles, parts = _split_rows(logits)
     num_warps = max(tile * _TILE_WARPS // _TILE, 1)
@@ -297,13 +315,13 @@ def confidence_triton(logits: Tensor, choice: Choice) -> Confidence:
     # From capability 9 on the second kernel is launched while the first one ends, and waits for it on the device.
     early = dispatch.device_generation(logits.device) >= 9 and not dispatch.INTERPRETED
     part_kernel[(rows * parts,)](
-        logits, logits.stride(0), no_choice, no_mass, temperature, tempered, *noise, partial,
+        logits, logits.stride(0), no_choice, no_mass, temperature, tempered, *filters, *noise, partial,
         vocab, tiles, parts,
         NO_CHOICE=num_no_choice, NO_MASS=num_no_mass, MARGIN=margin, TOKEN_STREAM=philox.TOKEN,
         PARTIALS=_PARTIALS, BLOCK=tile, EARLY=early, num_warps=num_warps,
     )  # fmt: skip
     merge_kernel[(rows,)](
-        partial, logits, logits.stride(0), no_mass, temperature, tempered, normalizer,
+        partial, logits, logits.stride(0), no_mass, temperature, tempered, *filters, normalizer,
         result.token, result.probability, result.log_probability, result.margin, parts,
         NO_MASS=num_no_mass, MARGIN=margin, PARTIALS=_PARTIALS, BLOCK=triton.next_power_of_2(parts), EARLY=early,
         num_warps=1, **({"launch_pdl": True} if early else {}),
@@ -311,7 +329,7 @@ def confidence_triton(logits: Tensor, choice: Choice) -> Confidence:
     if entropy:
         partial = logits.new_empty((rows, parts), dtype=torch.float32)
         entropy_kernel[(rows * parts,)](
-            logits, logits.stride(0), no_mass, temperature, tempered, normalizer, partial,
+            logits, logits.stride(0), no_mass, temperature, tempered, *filters, normalizer, partial,
             vocab, tiles, parts,
             NO_MASS=num_no_mass, EPSILON=ENTROPY_EPSILON, BLOCK=tile, num_warps=num_warps,
         )  # fmt: skip

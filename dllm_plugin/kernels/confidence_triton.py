@@ -8,6 +8,7 @@ of the columns. Nothing is summed atomically. Column ids travel as fp32, exact b
 
 from dllm_plugin.kernels import philox
 from dllm_plugin.kernels.dispatch import tl, triton
+from dllm_plugin.kernels.filter_triton import is_out, load_temperature, without
 
 
 @triton.jit
@@ -21,11 +22,34 @@ def _temper(x, row, temperature_ptr, tempered_ptr):
 
 
 @triton.jit
-def _without(x, column, row, ids_ptr, COUNT: tl.constexpr):
-    """`x` with `-inf` in the columns that the row's ids name."""
-    for entry in tl.static_range(COUNT):
-        x = tl.where(column == tl.load(ids_ptr + row * COUNT + entry), float("-inf"), x)
-    return x
+def _load_cut(row, cut_logit_ptr, cut_column_ptr, unfiltered_ptr, temperature_ptr):
+    """A row's cut, what its logits are divided by to be cut, whether it takes anything out, and of the mass too."""
+    cut_logit = float("-inf")
+    cut_column = 0
+    cuts = False
+    if cut_logit_ptr is not None:
+        cut_logit = tl.load(cut_logit_ptr + row)
+        cut_column = tl.load(cut_column_ptr + row)
+        cuts = cut_logit > float("-inf")
+    cuts_mass = cuts
+    if unfiltered_ptr is not None:
+        cuts_mass = cuts & (tl.load(unfiltered_ptr + row) == 0)
+    return cut_logit, cut_column, load_temperature(temperature_ptr, row), cuts, cuts_mass
+
+
+@triton.jit
+def _weighed(
+    x, column, row, no_mass_ptr, temperature_ptr, tempered_ptr, cut_logit_ptr, cut_column_ptr, unfiltered_ptr,
+    NO_MASS: tl.constexpr,
+):  # fmt: skip
+    """The logits that the statistics are of, `-inf` in columns without mass."""
+    logit = without(_temper(x, row, temperature_ptr, tempered_ptr), column, row, no_mass_ptr, NO_MASS)
+    cut_logit, cut_column, divisor, _, cuts_mass = _load_cut(
+        row, cut_logit_ptr, cut_column_ptr, unfiltered_ptr, temperature_ptr
+    )
+    if cuts_mass:
+        logit = tl.where(is_out(x, column, divisor, cut_logit, cut_column), float("-inf"), logit)
+    return logit
 
 
 @triton.jit
@@ -47,8 +71,8 @@ def _first_of_eight(score, column):
 
 @triton.jit
 def part_kernel(
-    logits_ptr, logits_stride, no_choice_ptr, no_mass_ptr, temperature_ptr, tempered_ptr, seed_ptr, position_ptr,
-    timestep_ptr, partial_ptr,
+    logits_ptr, logits_stride, no_choice_ptr, no_mass_ptr, temperature_ptr, tempered_ptr,
+    cut_logit_ptr, cut_column_ptr, unfiltered_ptr, seed_ptr, position_ptr, timestep_ptr, partial_ptr,
     vocab, tiles, parts,
     NO_CHOICE: tl.constexpr, NO_MASS: tl.constexpr, MARGIN: tl.constexpr, TOKEN_STREAM: tl.constexpr,
     PARTIALS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
@@ -65,6 +89,9 @@ def part_kernel(
         temperature = tl.load(temperature_ptr + row)
         noisy = temperature > 0
         seed, position, timestep = tl.load(seed_ptr + row), tl.load(position_ptr + row), tl.load(timestep_ptr + row)
+    cut_logit, cut_column, divisor, cuts, cuts_mass = _load_cut(
+        row, cut_logit_ptr, cut_column_ptr, unfiltered_ptr, temperature_ptr
+    )
 
     best = tl.full([GROUPS], lowest, tl.float32)  # of what may be chosen, and the tile where it was first seen
     best_tile = tl.zeros([GROUPS], tl.int32)
@@ -80,32 +107,44 @@ def part_kernel(
         high = tl.max(tl.reshape(x, [GROUPS, 8]), 1)
         top = high
         if _any_inside(start, row, no_choice_ptr, NO_CHOICE, BLOCK):
-            top = tl.max(tl.reshape(_without(x, column, row, no_choice_ptr, NO_CHOICE), [GROUPS, 8]), 1)
+            top = tl.max(tl.reshape(without(x, column, row, no_choice_ptr, NO_CHOICE), [GROUPS, 8]), 1)
         best_tile = tl.where(top > best, tile, best_tile)
         best = tl.maximum(best, top)
+        # Of a tile below the cut nothing is drawn and nothing has mass, which spares its noise and its exponentials.
+        keeps = cuts == 0
+        if cuts:
+            keeps = tl.div_rn(tl.max(high, 0), divisor) >= cut_logit
+        weighs = keeps | (cuts_mass == 0)
         if temperature_ptr is not None:
             if noisy:
-                bits = philox.row_bits_block(seed, position, timestep, start // 4, TOKEN_STREAM, BLOCK // 4)
-                score = _without(x, column, row, no_choice_ptr, NO_CHOICE)
-                score += temperature * philox.gumbel_from_bits_block(bits)
-                top = tl.max(tl.reshape(score, [GROUPS, 8]), 1)
+                top = tl.full([GROUPS], lowest, tl.float32)
+                if keeps:
+                    bits = philox.row_bits_block(seed, position, timestep, start // 4, TOKEN_STREAM, BLOCK // 4)
+                    score = without(x, column, row, no_choice_ptr, NO_CHOICE)
+                    score += temperature * philox.gumbel_from_bits_block(bits)
+                    if cuts:
+                        score = tl.where(is_out(x, column, divisor, cut_logit, cut_column), lowest, score)
+                    top = tl.max(tl.reshape(score, [GROUPS, 8]), 1)
             drawn_tile = tl.where(top > drawn, tile, drawn_tile)
             drawn = tl.maximum(drawn, top)
 
-        logit = _temper(x, row, temperature_ptr, tempered_ptr)
-        if _any_inside(start, row, no_mass_ptr, NO_MASS, BLOCK):
-            logit = _without(logit, column, row, no_mass_ptr, NO_MASS)
-        logit = tl.reshape(logit, [GROUPS, 8])
-        if NO_MASS > 0 or tempered_ptr is not None:
-            high = tl.max(logit, 1)
-        if MARGIN:
-            second = tl.maximum(second, tl.minimum(high, peak))
-            peak_tile = tl.where(high > peak, tile, peak_tile)
-        higher = tl.maximum(peak, high)
-        base = tl.where(higher == lowest, 0.0, higher)  # or no mass so far would subtract -inf from -inf
-        weights = tl.exp2((logit - base[:, None]) * 1.4426950408889634)
-        total = total * tl.exp2((peak - base) * 1.4426950408889634) + tl.sum(weights, 1)
-        peak = higher
+        if weighs:
+            logit = _temper(x, row, temperature_ptr, tempered_ptr)
+            if _any_inside(start, row, no_mass_ptr, NO_MASS, BLOCK):
+                logit = without(logit, column, row, no_mass_ptr, NO_MASS)
+            if cuts_mass:
+                logit = tl.where(is_out(x, column, divisor, cut_logit, cut_column), lowest, logit)
+            logits_of_eight = tl.reshape(logit, [GROUPS, 8])
+            if (NO_MASS > 0) | (tempered_ptr is not None) | (cut_logit_ptr is not None):
+                high = tl.max(logits_of_eight, 1)
+            if MARGIN:
+                second = tl.maximum(second, tl.minimum(high, peak))
+                peak_tile = tl.where(high > peak, tile, peak_tile)
+            higher = tl.maximum(peak, high)
+            base = tl.where(higher == lowest, 0.0, higher)  # or no mass so far would subtract -inf from -inf
+            weights = tl.exp2((logits_of_eight - base[:, None]) * 1.4426950408889634)
+            total = total * tl.exp2((peak - base) * 1.4426950408889634) + tl.sum(weights, 1)
+            peak = higher
 
     # The lowest column of the best score: the first tile, in it the first group, in it the first of its eight.
     eight, group = tl.arange(0, 8), tl.arange(0, GROUPS)
@@ -113,7 +152,7 @@ def part_kernel(
     best_group = tl.min(tl.where(best == best_score, best_tile * GROUPS + group, tiles * GROUPS - 1), 0)
     near = first + best_group * 8 + eight
     near_x = tl.load(logits + near, mask=near < vocab, other=lowest).to(tl.float32)
-    best_column = _first_of_eight(_without(near_x, near, row, no_choice_ptr, NO_CHOICE), near)
+    best_column = _first_of_eight(without(near_x, near, row, no_choice_ptr, NO_CHOICE), near)
     if (best_score > lowest) == 0:
         # Nothing but -inf and NaN: the lowest column that may be chosen, below every number and above no choice.
         best_column = first
@@ -130,9 +169,13 @@ def part_kernel(
             close = first + drawn_group * 8 + eight
             close_x = tl.load(logits + close, mask=close < vocab, other=lowest).to(tl.float32)
             bits = philox.row_bits_block(seed, position, timestep, (first + drawn_group * 8) // 4, TOKEN_STREAM, 2)
-            close_score = _without(close_x, close, row, no_choice_ptr, NO_CHOICE)
+            close_score = without(close_x, close, row, no_choice_ptr, NO_CHOICE)
             close_score += temperature * philox.gumbel_from_bits_block(bits)
+            if cuts:
+                close_score = tl.where(is_out(close_x, close, divisor, cut_logit, cut_column), lowest, close_score)
             score, chosen = drawn_score, _first_of_eight(close_score, close)
+        if cuts:  # a part that keeps nothing has no say, unless none does
+            score = tl.where(noisy & (drawn_score == lowest), lowest, score)
 
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -142,19 +185,24 @@ def part_kernel(
     tl.store(out + parts, chosen.to(tl.float32))
     tl.store(out + 2 * parts, maximum)
     tl.store(out + 3 * parts, tl.sum(total * tl.exp(peak - tl.where(maximum == lowest, 0.0, maximum)), 0))
+    if MARGIN | (cut_logit_ptr is not None):
+        tl.store(out + 4 * parts, best_score)
+        tl.store(out + 5 * parts, best_column.to(tl.float32))
     if MARGIN:
-        near_logit = _without(_temper(near_x, row, temperature_ptr, tempered_ptr), near, row, no_mass_ptr, NO_MASS)
+        near_logit = _weighed(
+            near_x, near, row, no_mass_ptr, temperature_ptr, tempered_ptr, cut_logit_ptr, cut_column_ptr, unfiltered_ptr,
+            NO_MASS,
+        )  # fmt: skip
         beside = tl.max(tl.where(near == best_column, lowest, near_logit), 0)
         elsewhere = tl.where(peak_tile == best_group // GROUPS, second, peak)
         elsewhere = tl.max(tl.where(group == best_group % GROUPS, elsewhere, peak), 0)
-        tl.store(out + 4 * parts, best_score)
-        tl.store(out + 5 * parts, best_column.to(tl.float32))
         tl.store(out + 6 * parts, tl.maximum(beside, elsewhere))
 
 
 @triton.jit
 def merge_kernel(
-    partial_ptr, logits_ptr, logits_stride, no_mass_ptr, temperature_ptr, tempered_ptr, normalizer_ptr,
+    partial_ptr, logits_ptr, logits_stride, no_mass_ptr, temperature_ptr, tempered_ptr,
+    cut_logit_ptr, cut_column_ptr, unfiltered_ptr, normalizer_ptr,
     token_ptr, probability_ptr, log_probability_ptr, margin_ptr, parts,
     NO_MASS: tl.constexpr, MARGIN: tl.constexpr, PARTIALS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -171,6 +219,14 @@ def merge_kernel(
     scores = tl.load(source, mask=inside, other=lowest)
     score = tl.max(scores, 0)
     tokens = tl.load(source + parts, mask=inside, other=nowhere)
+    if MARGIN | (cut_logit_ptr is not None):
+        bests = tl.load(source + 4 * parts, mask=inside, other=lowest)
+        columns = tl.load(source + 5 * parts, mask=inside, other=nowhere)
+        best = tl.max(bests, 0)
+    if cut_logit_ptr is not None:  # where nothing that is kept may be chosen, the best that may
+        tokens = tl.where(score == lowest, columns, tokens)
+        scores = tl.where(score == lowest, bests, scores)
+        score = tl.where(score == lowest, best, score)
     token = tl.min(tl.where(scores == score, tokens, nowhere), 0)
     maxima = tl.load(source + 2 * parts, mask=inside, other=lowest)
     maximum = tl.max(maxima, 0)
@@ -179,18 +235,18 @@ def merge_kernel(
     logits = logits_ptr + row * logits_stride
     column = token.to(tl.int64)
     x = tl.load(logits + column, mask=score > lowest, other=lowest).to(tl.float32)
-    token_logit = _without(_temper(x, row, temperature_ptr, tempered_ptr), column, row, no_mass_ptr, NO_MASS)
+    token_logit = _weighed(
+        x, column, row, no_mass_ptr, temperature_ptr, tempered_ptr, cut_logit_ptr, cut_column_ptr, unfiltered_ptr, NO_MASS,
+    )  # fmt: skip
 
     if MARGIN:
-        bests = tl.load(source + 4 * parts, mask=inside, other=lowest)
-        columns = tl.load(source + 5 * parts, mask=inside, other=nowhere)
-        best = tl.max(bests, 0)
         best_token = tl.min(tl.where(bests == best, columns, nowhere), 0)
         best_column = best_token.to(tl.int64)
         best_x = tl.load(logits + best_column, mask=best > lowest, other=lowest).to(tl.float32)
-        best_logit = _without(
-            _temper(best_x, row, temperature_ptr, tempered_ptr), best_column, row, no_mass_ptr, NO_MASS
-        )
+        best_logit = _weighed(
+            best_x, best_column, row, no_mass_ptr, temperature_ptr, tempered_ptr, cut_logit_ptr, cut_column_ptr,
+            unfiltered_ptr, NO_MASS,
+        )  # fmt: skip
         # In the part of the best column its runner-up competes, in the others their maximum.
         others = tl.load(source + 6 * parts, mask=inside, other=lowest)
         other = tl.max(tl.where(columns == best_token, others, maxima), 0)
@@ -207,7 +263,8 @@ def merge_kernel(
 
 @triton.jit
 def entropy_kernel(
-    logits_ptr, logits_stride, no_mass_ptr, temperature_ptr, tempered_ptr, normalizer_ptr, partial_ptr,
+    logits_ptr, logits_stride, no_mass_ptr, temperature_ptr, tempered_ptr, cut_logit_ptr, cut_column_ptr, unfiltered_ptr,
+    normalizer_ptr, partial_ptr,
     vocab, tiles, parts,
     NO_MASS: tl.constexpr, EPSILON: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -218,12 +275,21 @@ def entropy_kernel(
     maximum = tl.load(normalizer_ptr + row * 2)
     scale = 1.0 / tl.load(normalizer_ptr + row * 2 + 1)
     entropy = tl.zeros([GROUPS], tl.float32)
+    cut_logit, cut_column, divisor, _, cuts_mass = _load_cut(
+        row, cut_logit_ptr, cut_column_ptr, unfiltered_ptr, temperature_ptr
+    )
     for tile in range(tiles):
         column = (part * tiles + tile) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + row * logits_stride + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
-        logit = _temper(x, row, temperature_ptr, tempered_ptr)
-        if _any_inside((part * tiles + tile) * BLOCK, row, no_mass_ptr, NO_MASS, BLOCK):
-            logit = _without(logit, column, row, no_mass_ptr, NO_MASS)
-        p = tl.exp2((logit - maximum) * 1.4426950408889634) * scale
-        entropy += tl.sum(tl.reshape(p * tl.log(p + EPSILON), [GROUPS, 8]), 1)
+        weighs = cuts_mass == 0
+        if cuts_mass:
+            weighs = tl.div_rn(tl.max(x, 0), divisor) >= cut_logit
+        if weighs:
+            logit = _temper(x, row, temperature_ptr, tempered_ptr)
+            if _any_inside((part * tiles + tile) * BLOCK, row, no_mass_ptr, NO_MASS, BLOCK):
+                logit = without(logit, column, row, no_mass_ptr, NO_MASS)
+            if cuts_mass:
+                logit = tl.where(is_out(x, column, divisor, cut_logit, cut_column), float("-inf"), logit)
+            p = tl.exp2((logit - maximum) * 1.4426950408889634) * scale
+            entropy += tl.sum(tl.reshape(p * tl.log(p + EPSILON), [GROUPS, 8]), 1)
     tl.store(partial_ptr + row * parts + part, tl.sum(entropy, 0))

@@ -62,6 +62,7 @@ class Slots:
     stop_at: torch.Tensor = field(metadata=_per_slot(torch.int64))
     no_choice: torch.Tensor = field(metadata=_per_slot(torch.int64, 2))
     no_mass: torch.Tensor = field(metadata=_per_slot(torch.int64, 2))
+    gone: torch.Tensor = field(metadata=_per_slot(torch.int64, 1))  # to filters too
     guidance: torch.Tensor = field(metadata=_per_slot(torch.float32))
     # ranking
     ranking: torch.Tensor = field(metadata=_per_slot(torch.int64))
@@ -202,9 +203,9 @@ class CanvasStore(Slots):
         filtered = sampled or policy.filters_greedy
         eos, turn_end = self.eos_token_id, self.turn_end_token_id
         # the mask id is never chosen, but keeps its mass: the references' confidences have it in their softmax
-        no_choice, no_mass = [self.mask_token_id, -1], [-1, -1]
+        no_choice, no_mass, gone = [self.mask_token_id, -1], [-1, -1], [-1]
         if params.eos_suppression == "logits":
-            no_choice[1] = no_mass[0] = eos
+            no_choice[1] = no_mass[0] = gone[0] = eos
         elif params.eos_suppression == "confidence":
             # ML-GSAI/LLaDA:generate.py assigns -inf to EOS in the noised logits and to the end of turn in the plain
             # ones; at temperature 0 these are one tensor, above it EOS keeps its confidence
@@ -219,6 +220,7 @@ class CanvasStore(Slots):
             stop_at=canvas.eos_token_id,
             no_choice=no_choice,
             no_mass=no_mass,
+            gone=gone,
             guidance=params.cfg_scale,
             ranking=RANKINGS.index(policy.ranking),
             tempered=sampled and (policy.tempered if confidence is None else confidence != "plain"),

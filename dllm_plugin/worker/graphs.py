@@ -54,9 +54,9 @@ class StepGraphs:
     """Records the denoising step of a shape of batch when it comes for the second time, and replays it from then on.
 
     Whatever differs between two batches of one shape is read from tensors on the device, the canvases too, and every
-    place gets logits, masked or not. Graphs serve CUDA devices, as ``enforce_eager`` allows, and steps of at most 8,192 tokens;
-    sorting for top-k and top-p waits for the host and is left to the ordinary path. The ranks of a group record at the same
-    step, since they are given the same windows, and vLLM's all-reduces become a part of the graph.
+    place gets logits, masked or not. Graphs serve CUDA devices, as ``enforce_eager`` allows, and steps of at most 8,192 tokens.
+    The ranks of a group record at the same step, since they are given the same windows, and vLLM's all-reduces become a part of
+    the graph.
 
     All graphs share one pool of memory, at most ``DLLM_PLUGIN_GRAPH_MIB`` MiB of it: where it is full all are dropped.
     """
@@ -91,7 +91,7 @@ class StepGraphs:
 
     def take(self, layout: Layout) -> Shape | None:
         """The shape with which `denoise` is to be called for the steps of this layout; None: run them."""
-        if not self.enabled or len(layout.token_index) > MOST_TOKENS or layout.needs.filters:
+        if not self.enabled or len(layout.token_index) > MOST_TOKENS:
             return None
         if self.generation != self.store.generation:
             self.forget()

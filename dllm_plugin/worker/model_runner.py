@@ -20,10 +20,10 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.utils import allocate_kv_cache
 
 from dllm_plugin.attention import DiffusionAttention, WindowBatch
-from dllm_plugin.kernels.confidence import STATISTICS, Choice, Confidence, confidence
+from dllm_plugin.kernels.confidence import STATISTICS, Choice, confidence
 from dllm_plugin.kernels.edit import Rows as OpenRows
 from dllm_plugin.kernels.edit import edit
-from dllm_plugin.kernels.filter import filter_top_k_top_p
+from dllm_plugin.kernels.filter import Cut, Filters, find_cut
 from dllm_plugin.kernels.unmask import Unmasked, unmask
 from dllm_plugin.kernels.window_attention import Windows
 from dllm_plugin.params import BLOCK
@@ -45,7 +45,6 @@ from dllm_plugin.worker.summary import StepNumbers, Summary, summarize
 
 # Rows of logits are computed in chunks of about this size, whatever the batch asks for.
 LOGITS_CHUNK_BYTES = 256 * 2**20
-FILTER_BYTES = 16 * 2**20  # of float32 logits that are sorted at once
 
 
 class DiffusionModelRunner(AdapterMixin):
@@ -229,8 +228,6 @@ class DiffusionModelRunner(AdapterMixin):
         scored = logits
         if needs.controls or needs.grammar:
             logits = control(logits, batch, state, beside)
-        elif needs.filters and self.scores_raw_logits:
-            scored = logits.clone()
         slot = batch.slots[batch.row_request] if needs.per_row else None
         no_choice = state.no_choice[slot] if needs.suppression else state.forbidden_mask.expand(len(position), 1)
         temperature = state.temperature[slot] if needs.sampling else None
@@ -240,12 +237,14 @@ class DiffusionModelRunner(AdapterMixin):
             no_mass=state.no_mass[slot] if needs.suppression else None,
             temperature=temperature,
             tempered=state.tempered[slot] if needs.sampling else None,
+            cut=self.filter(logits, given(slot), temperature, needs.suppression) if needs.filters else None,
+            unfiltered=state.unfiltered[slot] if needs.filters else None,
             seed=seed if needs.sampling else None,
             position=position if needs.sampling else None,
             timestep=timestep if needs.sampling else None,
             **dict.fromkeys(needs.statistics, True),
         )
-        chosen = self.choose_filtered(logits, choice, slot) if needs.filters else confidence(logits, choice)
+        chosen = confidence(logits, choice)
         rows = RankedRows(chosen, position, seed, timestep)
         first, *others = needs.rankings
         ranking = RANKED_BY[first].value(rows)
@@ -271,38 +270,19 @@ class DiffusionModelRunner(AdapterMixin):
         given_ids = self.state.logprob_ids[given(slot)] if needs.logprob_ids else None
         return score(x, token, needs.num_logprobs, given_ids, self.model_config.logprobs_mode.endswith("logprobs"))
 
-    def choose_filtered(self, logits: torch.Tensor, choice: Choice, slot: torch.Tensor | None) -> Confidence:
-        """`confidence` of what top-k and top-p leave; where it asks for it, with the statistics of all the logits."""
-        assert slot is not None  # filters are asked for by row
+    def filter(
+        self, logits: torch.Tensor, slot: torch.Tensor, temperature: torch.Tensor | None, suppression: bool
+    ) -> Cut:
+        """Where top-k and top-p cut every row."""
         state = self.state
-        asked = ((state.top_k[slot] > 0) | (state.top_p[slot] < 1)).nonzero().squeeze(1)
-        unfiltered = asked[state.unfiltered[slot[asked]]]
-        whole = logits[unfiltered]  # the filter may take out the very token that is chosen, where it leaves none
-        self.filter(logits, asked, slot, given(choice.no_choice))
-        chosen = confidence(logits, choice)
-        if len(unfiltered) == 0:
-            return chosen
-        before = confidence(whole, replace(choice.of(unfiltered), log_probability=True))
-        temperature = torch.where(state.tempered[slot], state.temperature[slot], 1.0)[unfiltered]
-        tokens = torch.stack((chosen.token[unfiltered], before.token), dim=1)
-        logit, logit_before = whole.gather(1, tokens).float().unbind(1)
-        ahead = (logit - logit_before) / temperature
-        chosen.probability[unfiltered] = (ahead + given(before.log_probability)).exp()
-        for name in STATISTICS:
-            if (statistic := getattr(chosen, name)) is not None:
-                statistic[unfiltered] = getattr(before, name)
-        return chosen
-
-    def filter(self, logits: torch.Tensor, asked: torch.Tensor, slot: torch.Tensor, no_choice: torch.Tensor) -> None:
-        """Sets to -inf what top-k and top-p take out of the rows that ask for it; other columns keep their bits."""
-        state = self.state
-        for rows in asked.split(max(1, FILTER_BYTES // (4 * logits.shape[1]))):
-            mine, own = logits[rows], slot[rows]
-            per_row = (state.temperature[own], state.top_k[own], state.top_p[own])
-            kept = filter_top_k_top_p(mine, *per_row, k_first=state.top_k_first[own], no_choice=no_choice[rows])
-            # the best choice stays above all others where it was taken out too: one must be chosen, with probability 0
-            mine.masked_fill_(kept <= torch.finfo(kept.dtype).min, torch.finfo(mine.dtype).min / 2)
-            logits[rows] = mine.masked_fill_(kept.isneginf(), -torch.inf)
+        filters = Filters(
+            temperature=temperature,
+            top_k=state.top_k[slot],
+            top_p=state.top_p[slot],
+            k_first=state.top_k_first[slot],
+            gone=state.gone[slot] if suppression else None,
+        )
+        return find_cut(logits, filters)
 
     def edit(self, batch: StepBatch, chosen: ChosenRows) -> torch.Tensor | None:
         """Replace tokens of open blocks that the model would not choose again; how many, ``[blocks]``, where any may be.
@@ -393,7 +373,9 @@ class DiffusionModelRunner(AdapterMixin):
         most = self.rows_at_once
         logits, unconditional = (self.model.compute_logits(hidden_states[:most]) for _ in range(2))
         every_statistic: dict[str, Any] = dict.fromkeys(STATISTICS, True)
-        confidence(unconditional + (logits - unconditional), Choice(**every_statistic))
+        guided = unconditional + (logits - unconditional)
+        cut = find_cut(guided, Filters(top_k=guided.new_zeros(len(guided), dtype=torch.int64)))
+        confidence(guided, Choice(cut=cut, **every_statistic))
 
     def sample_tokens(self, grammar_output: Any) -> None:
         raise RuntimeError("execute_model of a diffusion model returns its output itself")

@@ -92,6 +92,8 @@ def without_others(scores: np.ndarray, num_others: int, most: int) -> np.ndarray
 def processed(logits: Tensor, choice: Choice) -> Tensor:
     """float32 logits that the tokens of a choice are drawn from: at their temperature, without what is never chosen."""
     x = logits.to(torch.float32, copy=True)
+    if choice.cut is not None:
+        x.masked_fill_(choice.cut.takes_out(x, choice.temperature), -torch.inf)
     if choice.temperature is not None:
         x /= torch.where(choice.temperature > 0, choice.temperature, 1.0)[:, None]
     if choice.no_choice is not None:

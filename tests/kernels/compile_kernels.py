@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from dllm_plugin.kernels import dispatch
 from dllm_plugin.kernels.confidence import Choice, confidence_triton
+from dllm_plugin.kernels.filter import Cut, Filters, find_cut_triton
 from dllm_plugin.kernels.gated_silu import gated_silu_triton
 from dllm_plugin.kernels.head_norm import head_norm_triton
 from dllm_plugin.kernels.rms_norm import rms_norm_triton
@@ -65,14 +66,29 @@ def attention(head_size: int, dtype: torch.dtype, rows: int, paged: bool, splits
     attention_triton(query, *keys, windows, 1.0, out, num_splits=splits)
 
 
-def confidence(dtype: torch.dtype, vocab: int, sampled: bool, statistics: bool, mass: bool = False) -> None:
+def confidence(
+    dtype: torch.dtype, vocab: int, sampled: bool, statistics: bool, mass: bool = False, filtered: bool = False
+) -> None:
     logits = torch.zeros(16, vocab, dtype=dtype)  # several tiles a part
     ids = torch.zeros(16, 1, dtype=torch.int64)
     row = torch.zeros(16, dtype=torch.int64)
     drawn = {"temperature": torch.ones(16), "tempered": torch.ones(16, dtype=torch.bool)} if sampled else {}
     drawn |= dict.fromkeys(("seed", "position", "timestep"), row) if sampled else {}
     asked = dict.fromkeys(("log_probability", "margin", "entropy"), statistics)
+    if filtered:
+        drawn |= {"cut": Cut(torch.zeros(16), torch.zeros(16, dtype=torch.int32)), "unfiltered": drawn["tempered"]}
     confidence_triton(logits, Choice(no_choice=ids, no_mass=ids if mass else None, **drawn, **asked))
+
+
+def find_cut(dtype: torch.dtype, vocab: int, gone: bool) -> None:
+    one = torch.ones(16)
+    find_cut_triton(
+        torch.zeros(16, vocab, dtype=dtype),
+        Filters(
+            temperature=one, top_k=one.long(), top_p=one, min_p=one, k_first=one.bool(),
+            gone=one.long()[:, None] if gone else None,
+        ),
+    )  # fmt: skip
 
 
 def unmask(policies: bool, integer: torch.dtype, skip_unmasked: bool) -> None:
@@ -146,6 +162,11 @@ def configurations() -> Iterator[tuple[str, Callable, tuple]]:
     yield "confidence", confidence, (bf16, 128, True, False)
     for dtype in (fp16, fp32):
         yield "confidence", confidence, (dtype, 126_464, True, True, True)
+        yield "confidence, filtered", confidence, (dtype, 126_464, True, True, True, True)
+        yield "find_cut", find_cut, (dtype, 126_464, False)
+    yield "confidence, filtered", confidence, (bf16, 126_464, True, True, False, True)
+    yield "find_cut", find_cut, (bf16, 151_936, True)
+    yield "find_cut", find_cut, (bf16, 300, True)
     for policies in (False, True):
         for skip_unmasked in (False, True):
             yield "unmask", unmask, (policies, torch.int32 if policies == skip_unmasked else torch.int64, skip_unmasked)

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dllm_plugin.kernels import confidence as module
 from dllm_plugin.kernels.confidence import Choice, confidence, confidence_cpu, confidence_rule, confidence_triton
+from dllm_plugin.kernels.filter import Cut
 
 STATISTICS = {"log_probability": True, "margin": True, "entropy": True}
 INFINITY = float("inf")
@@ -125,6 +126,77 @@ def test_sampling_and_tempering(implementation, vocab):
     check(logits, temperature=temperature, tempered=torch.tensor([1, 1, 0, 1, 0, 1]).bool(), no_choice=no_choice)
 
 
+def cut_after(logits, temperature, *places):
+    """A cut behind the column of such a place in the order of each row; None: everything is kept."""
+    x = logits.float() / torch.where(temperature > 0, temperature, 1.0)[:, None]
+    values, column = x.sort(dim=1, descending=True, stable=True)
+    at = torch.tensor([0 if place is None else place - 1 for place in places], dtype=torch.int64)[:, None]
+    off = torch.tensor([place is None for place in places], dtype=torch.bool)
+    logit = values.gather(1, at)[:, 0].masked_fill(off, -INFINITY)
+    return Cut(logit, column.gather(1, at)[:, 0].masked_fill(off, logits.shape[1]).int())
+
+
+@pytest.mark.parametrize("tiles", ["one", "many"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cut_is_what_columns_of_minus_infinity_are(implementation, request, tiles, dtype):
+    """To the bit, where something that is kept may be chosen; whole parts of a row may be out."""
+    if tiles == "many":
+        request.getfixturevalue("small_tiles")
+    logits = (torch.randn(6, 1300) * 3).to(dtype)
+    logits[3:] *= torch.linspace(2, 0, 1300).to(dtype)  # the first columns are the likeliest
+    row, top = torch.arange(6), logits.float().argmax(1)
+    temperature = torch.tensor([0.0, 0.7, 1.0, 1.3, 1.0, 0.5])
+    cut = cut_after(logits, temperature, 7, 3, None, 40, 2, 1200)
+    options = sampling(row, temperature=temperature, tempered=row % 2 == 1) | STATISTICS
+    options |= {"no_choice": ids(*[[int(column)] for column in top]), "no_mass": ids([3], [], [9], [], [11], [])}
+    got = confidence(logits, Choice(cut=cut, **options))
+    want = confidence(logits.masked_fill(cut.takes_out(logits, temperature), -INFINITY), Choice(**options))
+    for name in ("token", "probability", *STATISTICS):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert not torch.equal(got.entropy, confidence(logits, Choice(**options)).entropy)
+
+
+@pytest.mark.parametrize("tiles", ["one", "many"])
+def test_statistics_of_what_a_cut_takes_out(implementation, request, tiles):
+    """Unfiltered rows draw what is kept, and know what all columns are worth."""
+    if tiles == "many":
+        request.getfixturevalue("small_tiles")
+    logits, row = torch.randn(6, 1000) * 2, torch.arange(6)
+    temperature = torch.tensor([0.0, 0.7, 1.0, 2.0, 1.0, 1.0])
+    unfiltered = torch.tensor([True, True, False, True, False, True])
+    for tempered in (row < 0, row % 2 == 1):
+        check(
+            logits, temperature=temperature, tempered=tempered, no_choice=ids(*[[int(row.argmax())] for row in logits]),
+            cut=cut_after(logits, temperature, 5, 2, 3, 100, None, None), unfiltered=unfiltered,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("tiles", ["one", "many"])
+def test_a_cut_that_leaves_nothing_to_choose(implementation, request, tiles):
+    """The best column that may be chosen is, whatever its part of the row; its probability is 0 but in unfiltered rows."""
+    if tiles == "many":
+        request.getfixturevalue("small_tiles")
+    logits = torch.randn(4, 1000)
+    logits[:, 500], logits[0, 900], logits[1:, 10], logits[1:, 901] = 20.0, 9.0, 9.0, 9.0
+    temperature = torch.tensor([1.0, 2.0, 0.0, 0.5])
+    options = {
+        "temperature": temperature, "cut": cut_after(logits, temperature, 1, 1, 1, 1), "no_choice": ids(*[[500]] * 4),
+        "unfiltered": torch.tensor([False, True, False, True]),
+    }  # fmt: skip
+    check(logits, **options)
+    rows = torch.arange(4)
+    for run in (confidence, confidence_rule):
+        got = run(logits, Choice(**sampling(rows) | options, **STATISTICS))
+        assert got.token.tolist() == [900, 10, 10, 10]
+        assert got.probability[[0, 2]].tolist() == [0.0, 0.0] and (got.probability[[1, 3]] > 0).all()
+        assert got.log_probability[[0, 2]].tolist() == [-INFINITY] * 2 and got.margin[0] == -1.0
+
+
+def test_a_cut_in_greedy_rows_needs_no_temperature(implementation):
+    logits = torch.randn(3, 300)
+    check(logits, cut=cut_after(logits, torch.zeros(3), 1, 10, None))
+
+
 @pytest.mark.parametrize("run", [confidence, confidence_rule])
 def test_samples_follow_the_softmax(run):
     logits = torch.tensor([[1.0, 0.0, -1.0, 2.0]]).expand(2000, 4)
@@ -156,13 +228,17 @@ def test_row_stride_and_empty_batch(implementation):
 def test_strided_inputs(implementation):
     """Every tensor that has an entry a row, with other numbers between its own."""
     logits, row = torch.randn(6, 300) * 2, torch.arange(6)
+    temperature = torch.tensor([0.0, 0.5, 1.0, 3.0, 0.0, 0.7])
+    cut = cut_after(logits, temperature, 5, None, 40, 5, 5, 9)
     options = {
         "no_choice": logits.topk(2, 1).indices, "no_mass": ids([5], [6], [7], [8], [9], []),
-        "temperature": torch.tensor([0.0, 0.5, 1.0, 3.0, 0.0, 0.7]), "tempered": row % 3 == 1,
+        "temperature": temperature, "tempered": row % 3 == 1, "cut": cut, "unfiltered": row % 2 == 1,
         "seed": row * 10**10, "position": row + 3, "timestep": row + 7,
     }  # fmt: skip
     whole = confidence(logits, Choice(**options, **STATISTICS))
-    strided = {name: torch.stack((t, torch.ones_like(t)), -1)[..., 0] for name, t in options.items()}
+    between = lambda t: torch.stack((t, torch.ones_like(t)), -1)[..., 0]  # noqa: E731
+    strided = {name: between(t) for name, t in options.items() if name != "cut"}
+    strided["cut"] = Cut(between(cut.logit), between(cut.column))
     got = confidence(logits, Choice(**strided, **STATISTICS))
     for name in ("token", "probability", *STATISTICS):
         assert torch.equal(getattr(got, name), getattr(whole, name)), name
@@ -193,6 +269,10 @@ def test_both_paths_agree_with_the_rule(rows, vocab, seed, sampled, spread, data
     row = torch.arange(rows) + seed
     temperature = torch.tensor([data.draw(st.sampled_from([0.0, 1.0])) for _ in range(rows)])
     drawn = sampling(row, temperature=temperature, tempered=row % 2 == 0) if sampled else {}
+    if data.draw(st.booleans(), "cut"):
+        places = data.draw(st.lists(st.sampled_from([None, 1, 2, vocab]), min_size=rows, max_size=rows), "places")
+        drawn["cut"] = cut_after(logits, temperature if sampled else temperature * 0, *places)
+        drawn["unfiltered"] = row % 3 == 0
     choice = Choice(no_choice=no_choice, no_mass=no_mass, **drawn, **STATISTICS)
     want = confidence_rule(logits, choice)
     for run in (confidence_cpu, confidence_triton):
@@ -232,6 +312,10 @@ def test_blocks_of_rows_change_nothing(data):
     row = torch.arange(rows)
     noise = {} if temperature is None else {"seed": row * 10**10, "position": row + 3, "timestep": row % 2}
     sampled = {"temperature": temperature, "tempered": tempered, **noise}
+    if data.draw(st.booleans(), "cut"):
+        places = [1 + number % vocab if asks else None for number, asks in enumerate(asked("cut").tolist())]
+        sampled["cut"] = cut_after(logits, torch.zeros(rows) if temperature is None else temperature, *places)
+        sampled["unfiltered"] = option("unfiltered", lambda: asked("unfiltered"))
     choice = Choice(no_choice=no_choice, no_mass=no_mass, **sampled, **STATISTICS)
     whole = confidence_cpu(logits, choice)
     for size in (1, 2, 3):
@@ -298,6 +382,8 @@ def test_the_cpu_path_makes_no_large_tensor(sampled):
 
     logits = torch.randn(5, 126_464).to(torch.bfloat16)
     drawn = sampling(torch.arange(5)) if sampled else {}
+    if sampled:
+        drawn["cut"] = Cut(torch.full((5,), 2.0), torch.zeros(5, dtype=torch.int32))
     with Largest() as largest:
         confidence_cpu(logits, Choice(no_choice=ids(*[[126_336]] * 5), **drawn, **STATISTICS))
     assert 0 < largest.nbytes <= 2_000_000
@@ -319,6 +405,9 @@ def test_the_cpu_path_makes_no_large_tensor(sampled):
             r"no_mass on 'meta'; pass no_mass.to\('cpu'\)",
         ),
         ({"temperature": torch.ones(3, device="meta")}, "logits on 'cpu' and temperature on 'meta'"),
+        ({"unfiltered": torch.ones(3)}, r"unfiltered must be torch.bool \[3\]"),
+        ({"cut": Cut(torch.ones(3), torch.ones(3))}, r"cut.column must be torch.int32 \[3\]"),
+        ({"cut": Cut(torch.ones(1), torch.ones(3, dtype=torch.int32))}, r"cut.logit must be torch.float32 \[3\]"),
     ],
 )
 def test_refusals(options, message):
