@@ -229,7 +229,7 @@ class DiffusionModelRunner(AdapterMixin):
         scored = logits
         if needs.controls or needs.grammar:
             logits = control(logits, batch, state, beside)
-        elif needs.filters and self.scores_raw_logits:
+        elif needs.filters and needs.num_logprobs >= 0 and self.scores_raw_logits:  # filters write into them
             scored = logits.clone()
         slot = batch.slots[batch.row_request] if needs.per_row else None
         no_choice = state.no_choice[slot] if needs.suppression else state.forbidden_mask.expand(len(position), 1)
