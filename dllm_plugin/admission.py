@@ -11,7 +11,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from dllm_plugin.compat import V2LogitsProcessor
-from dllm_plugin.params import check_request, parse_request
+from dllm_plugin.params import MOST, check_request, parse_request
 from dllm_plugin.settings import EngineSettings
 
 
@@ -162,6 +162,8 @@ def check_fields(sampling_params: SamplingParams) -> None:
         if not right:
             remedy = "value.item(), not NumPy's" if hasattr(value, "item") else "a plain Python value of that type"
             raise ValueError(f"{name} must be {kind}, got {value!r}; give {remedy}")
+        if kind == "float" and not abs(value) <= MOST:  # a device holds it as float32
+            raise ValueError(f"{name} must be a finite number of at most {MOST}, got {value!r}; leave it out")
 
 
 _READERS = {

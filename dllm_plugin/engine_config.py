@@ -33,7 +33,15 @@ def engine_defaults(vllm_config: "VllmConfig") -> DiffusionParams:
     if family.attention == "block_causal":
         base = replace(base, strategy=BLOCK, block_length=model.hf_config.block_length, confidence="tempered")
     defaults = parse_engine_defaults(engine_settings(vllm_config.additional_config), base)
-    check_token_ids(defaults, model.get_vocab_size(), label='--additional-config {"diffusion": ...} ')
+    label = '--additional-config {"diffusion": ...} '
+    if isinstance(defaults.suffix, str):
+        from vllm.tokenizers import cached_tokenizer_from_config
+
+        if model.skip_tokenizer_init:
+            raise ValueError(f"{label}suffix as text needs a tokenizer, and skip_tokenizer_init is set; give token ids")
+        suffix = cached_tokenizer_from_config(model).encode(defaults.suffix, add_special_tokens=False)
+        defaults = replace(defaults, suffix=tuple(suffix))
+    check_token_ids(defaults, model.get_vocab_size(), label)
     return defaults
 
 
@@ -223,6 +231,8 @@ def fit_cpu_memory(vllm_config: "VllmConfig") -> None:
 
 def select_components(vllm_config: "VllmConfig") -> None:
     """Set every field explicitly: on CUDA an unset ``async_scheduling`` would become True."""
+    from dllm_plugin.front_end import complete_requests
+
     scheduler, model = vllm_config.scheduler_config, model_config_of(vllm_config)
     vllm_config.parallel_config.worker_cls = WORKER
     scheduler.scheduler_cls = SCHEDULER
@@ -232,6 +242,7 @@ def select_components(vllm_config: "VllmConfig") -> None:
     # worker/graphs.py has our own graphs; vLLM's, and its compilation, must not know of the model
     model.enforce_eager = True
     model.logits_processors = [admission_for(model.diffusion)]
+    complete_requests()
     if model.tokenizer_mode in ("auto", "hf"):
         model.tokenizer_mode = TOKENIZER_MODE  # the same tokenizer, and the renderer that checks prompts
     select_sampling_defaults(model)

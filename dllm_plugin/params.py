@@ -48,7 +48,7 @@ class Rule:
         if self.choices:
             return isinstance(value, str) and value in self.choices
         if self.kind is str and isinstance(value, str):
-            return value != "" and not any("\ud800" <= character <= "\udfff" for character in value)
+            return value != "" and _is_encodable(value)
         if self.kind in (str, list):
             items = value if isinstance(value, (list, tuple)) else ()
             return len(items) > 0 and all(_is_number(item, int) and item >= self.low for item in items)
@@ -61,6 +61,15 @@ class Rule:
 def _is_number(value: Any, kind: type) -> bool:
     # bool is an int to Python and np.float64 a float: True is no number of steps, and no NumPy scalar reaches the engine
     return type(value) is int or (kind is float and type(value) is float and math.isfinite(value))
+
+
+def _is_encodable(text: str) -> bool:
+    """Whether it is without half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parameter(rule: Rule, default: Any, text: str) -> Any:
@@ -374,8 +383,8 @@ def engine_settings(additional_config: Any) -> Any:
 def check_token_ids(params: DiffusionParams, vocab_size: int, label: str) -> None:
     """Raise ValueError where suffix or template hold what is no token of the model."""
     for name in ("suffix", "template"):
-        ids = [token for token in getattr(params, name) if not isinstance(token, str)]
-        if ids and max(ids) >= vocab_size:
+        ids = getattr(params, name)
+        if ids and not isinstance(ids, str) and max(ids) >= vocab_size:
             raise ValueError(
                 f"{label}{name} must hold token ids below the vocabulary's size {vocab_size}, got {max(ids)}; take the "
                 "ids from the model's own tokenizer"
@@ -410,7 +419,7 @@ def check_request(
     defaults: DiffusionParams = _NEUTRAL,
 ) -> None:
     """Raise ValueError where a request's extras are wrong in themselves, for the model, or cannot hold together."""
-    given = _given(extra_args)
+    given = _given(extra_args, longest=max_model_len)
     params = resolve(defaults, given, label=PREFIX)
     if params.template and max_tokens is not None and len(params.template) > max_tokens:
         raise ValueError(
@@ -434,8 +443,11 @@ def check_request(
         )
 
 
-def _given(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The extras meant for us, without prefix. Extras that are someone else's are left alone."""
+def _given(extra_args: Mapping[str, Any] | None, longest: int = MOST) -> dict[str, Any]:
+    """The extras meant for us, without prefix. Extras that are someone else's are left alone.
+
+    ``longest``: token ids that a list may hold.
+    """
     given: dict[str, Any] = {}
     if not isinstance(extra_args, Mapping | None) or not all(isinstance(key, str) for key in extra_args or ()):
         raise ValueError(
@@ -445,6 +457,8 @@ def _given(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
     for key, value in (extra_args or {}).items():
         name = key.removeprefix(PREFIX)
         if key.startswith(PREFIX) and name in RULES:
+            if isinstance(value, list | tuple) and len(value) > longest:
+                raise ValueError(f"{key} must fit max_model_len {longest}, got {len(value)} token ids; shorten it")
             _check(key, name, value)
             given[name] = value
         elif key.lower().startswith("diffusion") or _nearest(key, [*RULES, *_KEYS], cutoff=0.85):

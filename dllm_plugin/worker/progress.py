@@ -6,7 +6,7 @@ from itertools import accumulate
 import numpy as np
 from vllm.v1.outputs import LogprobsLists
 
-from dllm_plugin.scheduler.output import DiffusionModelRunnerOutput, Record
+from dllm_plugin.scheduler.output import DiffusionModelRunnerOutput, NewCanvas, Record
 from dllm_plugin.scheduler.window import Window
 from dllm_plugin.worker.batch import Layout
 from dllm_plugin.worker.canvas import CanvasStore
@@ -75,8 +75,8 @@ class Progress:
         if request.canvas.num_logprobs < 0:
             return
         for position, token in enumerate(tokens, request.emitted):
-            record = request.records.get(position, Record.of_given(position, token))
-            self.emitted[i].append(record)
+            record = request.records.get(position)
+            self.emitted[i].append(record or Record.of_given(position, token, likeliest(token, request.canvas)))
 
     def with_masks_left(self, windows: dict[str, Window]) -> dict[str, Window]:
         """The windows of the next step, with the number of masks that the last one has left in their blocks."""
@@ -114,13 +114,21 @@ class Progress:
         )
 
 
+def likeliest(token: int, canvas: NewCanvas) -> Sequence[int]:
+    """What is told beside a token that is certain: it comes first, and of the others, which are all as unlikely, the lowest."""
+    lowest = [other for other in range(canvas.num_logprobs) if other != token]
+    return canvas.logprob_ids or [token, *lowest][: canvas.num_logprobs]
+
+
 def logprobs_lists(records: list[list[Record]], num_others: int) -> LogprobsLists:
     """vLLM's message of the emitted tokens of all requests; those that ask for nothing have none in it."""
     flat = [record for one in records for record in one]
     ids, logprobs = np.empty((len(flat), 1 + num_others), np.int32), np.empty((len(flat), 1 + num_others), np.float32)
     for row, record in enumerate(flat):
-        missing = 1 + num_others - len(record.ids)  # beside a given token
-        ids[row], logprobs[row] = record.ids + record.ids[:1] * missing, record.logprobs + record.logprobs[:1] * missing
+        # written beside requests that asked for more or less; no request reads more than it has asked for itself
+        for told, values in ((ids, record.ids), (logprobs, record.logprobs)):
+            told[row] = values[0]
+            told[row, : len(values)] = values[: 1 + num_others]
     ranks = np.array([record.rank for record in flat], np.int64)
     return LogprobsLists(ids, logprobs, ranks, [*accumulate(map(len, records), initial=0)][:-1])
 
