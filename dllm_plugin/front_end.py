@@ -9,7 +9,9 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
 from dllm_plugin.admission import DiffusionParameterError
-from dllm_plugin.params import PREFIX, check_token_ids, parse_request
+from dllm_plugin.extras import check_token_ids, parse_request
+from dllm_plugin.messages import shown
+from dllm_plugin.params import PREFIX
 from dllm_plugin.settings import EngineSettings
 
 LONGEST_TEXT = 32 << 10  # bytes that are tokenized at once: some 30 ms, in which a server does nothing else
@@ -44,7 +46,7 @@ def complete(
     if request.resumable:
         raise ValueError("a session of streamed prompts is not supported; send one prompt a request")
     if type(request.priority) is not int:  # an engine process could not read it, nor a queue compare it
-        raise ValueError(f"priority must be an integer, got {request.priority!r}; leave it out")
+        raise ValueError(f"priority must be an integer, got {shown(request.priority)}; leave it out")
     sampling, prompt = request.sampling_params, request.prompt_token_ids
     assert sampling is not None and sampling.max_tokens is not None and prompt is not None  # vLLM has filled them in
     params = parse_request(sampling.extra_args, settings.defaults)

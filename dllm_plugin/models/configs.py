@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from transformers import PretrainedConfig
 
 from dllm_plugin.families import ARCHITECTURES, FAMILIES
+from dllm_plugin.messages import shown
 
 
 class DiffusionConfig(PretrainedConfig):
@@ -45,7 +46,7 @@ class DiffusionConfig(PretrainedConfig):
         required = (*self.required_keys, "mask_token_id", "eos_token_id")
         if missing := [key for key in required if key not in kwargs]:
             raise ValueError(
-                f"config.json of this {self.model_type!r} model lacks {', '.join(missing)}; no default can stand in "
+                f"config.json of this {shown(self.model_type)} model lacks {', '.join(missing)}; no default can stand in "
                 "for a structural key: take config.json from the published checkpoint"
             )
         self._refuse_other_structures({key: kwargs[key] for key in self.supported_values if key in kwargs})
@@ -92,19 +93,19 @@ class DiffusionConfig(PretrainedConfig):
         plain = self._plain_rotation
         if plain | self._rotation != plain:
             raise ValueError(
-                f"rope_parameters is {self._rotation!r}, and positions are rotated by rope_theta alone, which is "
-                f"{self.rope_theta!r}; set rope_theta, and leave rope_parameters and rope_scaling out"
+                f"rope_parameters is {shown(self._rotation)}, and positions are rotated by rope_theta alone, which is "
+                f"{shown(self.rope_theta)}; set rope_theta, and leave rope_parameters and rope_scaling out"
             )
         for key in ("rope_theta", "rms_norm_eps"):
             if not isinstance(value := getattr(self, key), int | float) or not value > 0:
                 raise ValueError(
-                    f"{key} must be a positive number, got {value!r}; take it from the published config.json"
+                    f"{key} must be a positive number, got {shown(value)}; take it from the published config.json"
                 )
         blocks = ("block_length",) if hasattr(self, "block_length") else ()
         for key in (*self.sizes, *blocks):
             if not is_integer(value := getattr(self, key)) or value < 1:
                 raise ValueError(
-                    f"{key} must be a positive integer, got {value!r}; take it from the published config.json"
+                    f"{key} must be a positive integer, got {shown(value)}; take it from the published config.json"
                 )
         if (experts := getattr(self, "num_experts", 0)) and self.num_experts_per_tok > experts:
             raise ValueError(
@@ -119,7 +120,7 @@ class DiffusionConfig(PretrainedConfig):
         for key in ("mask_token_id", "eos_token_id"):
             if not is_integer(value := getattr(self, key)) or not 0 <= value < self.vocab_size:
                 raise ValueError(
-                    f"{key} must be one token id below the vocabulary's size {self.vocab_size}, got {value!r}; take it from "
+                    f"{key} must be one token id below the vocabulary's size {self.vocab_size}, got {shown(value)}; take it from "
                     "the published config.json (more ids that end a response: generation_config.json, stop_token_ids)"
                 )
 
@@ -127,7 +128,7 @@ class DiffusionConfig(PretrainedConfig):
         for key, value in values.items():
             if value not in (supported := self.supported_values[key]):
                 raise ValueError(
-                    f"the config has {key}={value!r}, and the {self.model_type!r} adapter supports only "
+                    f"the config has {key}={shown(value)}, and the {shown(self.model_type)} adapter supports only "
                     f"{' or '.join(map(repr, supported))}; another structure needs an adapter of its own"
                 )
 
@@ -200,7 +201,7 @@ class LLaDAConfig(DiffusionConfig):
         super().check()
         if not is_integer(self.embedding_size) or self.embedding_size < self.vocab_size:
             raise ValueError(
-                f"embedding_size must be an integer of at least vocab_size {self.vocab_size}, got {self.embedding_size!r}; "
+                f"embedding_size must be an integer of at least vocab_size {self.vocab_size}, got {shown(self.embedding_size)}; "
                 "take it from the published config.json"
             )
 
@@ -331,7 +332,7 @@ class LLaDAMoEConfig(DiffusionConfig):
         layers = self.moe_layer_freq
         if not isinstance(layers, list) or len(layers) != self.num_hidden_layers or not set(layers) <= {0, 1}:
             raise ValueError(
-                f"moe_layer_freq must hold 0 or 1 for each of {self.num_hidden_layers} layers, got {layers!r}; take it from "
+                f"moe_layer_freq must hold 0 or 1 for each of {self.num_hidden_layers} layers, got {shown(layers)}; take it from "
                 "the published config.json"
             )
 
@@ -382,7 +383,7 @@ class LLaDA2Config(DiffusionConfig):
         for key in ("first_k_dense_replace", "num_shared_experts"):
             if not is_integer(value := getattr(self, key) or 0) or value < 0:
                 raise ValueError(
-                    f"{key} must be an integer of at least 0, got {value!r}; take it from the published config"
+                    f"{key} must be an integer of at least 0, got {shown(value)}; take it from the published config"
                 )
         group = self.num_experts // self.n_group
         held = self.num_experts_per_tok <= self.topk_group * group

@@ -25,9 +25,11 @@ from vllm.v1.request import Request, RequestStatus
 
 from dllm_plugin.compat import end_with_error
 from dllm_plugin.controls import Controls
+from dllm_plugin.extras import check_token_ids, parse_request
 from dllm_plugin.kernels import philox
+from dllm_plugin.messages import shown
 from dllm_plugin.metrics import Event, write_trajectory
-from dllm_plugin.params import PREFIX, DiffusionParams, check_token_ids, parse_request
+from dllm_plugin.params import PREFIX, DiffusionParams
 from dllm_plugin.scheduler.grammar import Constraint
 from dllm_plugin.scheduler.likelihood import Likelihood, ScoredWindow, make_likelihood
 from dllm_plugin.scheduler.output import (
@@ -332,7 +334,7 @@ class DiffusionScheduler(Scheduler):
         if request.resumable:
             raise ValueError("a session of streamed prompts is not supported; send one prompt a request")
         if type(request.priority) is not int:  # the queue could not compare it
-            raise ValueError(f"priority must be an integer, got {request.priority!r}; leave it out")
+            raise ValueError(f"priority must be an integer, got {shown(request.priority)}; leave it out")
         if isinstance(params.suffix, str):
             raise ValueError(
                 "diffusion_suffix reaches an engine as token ids; let vLLM's InputProcessor make the request"

@@ -1,0 +1,18 @@
+"""Values as messages show them: a line at most, however large they are. Standard library only."""
+
+import reprlib
+from typing import Any
+
+LONGEST = 200  # characters
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlevel = 3
+
+
+def shown(value: Any) -> str:
+    """The value's repr, cut so that one of a megabyte costs no more than another: it is never built as a whole."""
+    try:
+        text = _SHORT.repr(value)
+    except Exception:  # an integer of thousands of digits has none, and a value's own code may raise anything
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
