@@ -4,9 +4,16 @@ import reprlib
 from typing import Any
 
 LONGEST = 200  # characters
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 80
-_SHORT.maxlevel = 3
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 80
+        self.maxlevel = 3
+
+
+_SHORT = _Short()
 
 
 def shown(value: Any) -> str:
