@@ -48,6 +48,10 @@ from dllm_plugin.settings import settings_of
 # Steps that run between two calls of the scheduler, and how long a request that arrives may have to wait for them.
 MOST_STEPS, MOST_SECONDS = 8, 0.05
 LONGEST_STRIDE = 16  # rounds in which the least urgent request takes part at least once
+NO_NUMBERS = (
+    "the model's logits are NaN or infinite, and no token can be chosen; the server's log names weights that are not finite, and "
+    "a float16 model may overflow: serve it with --dtype bfloat16"
+)
 
 logger = init_logger("vllm." + __name__)
 
@@ -229,6 +233,8 @@ class DiffusionScheduler(Scheduler):
                 if refused is not None:  # in a block that was filled before this step
                     denoising.plan.recount(refused, 1)
                 self._share_pages(req_id)
+                if req_id in model_runner_output.broken:
+                    end_with_error(self, req_id, NO_NUMBERS, unforeseen=True)
                 if req_id in self.grammar_compile_error_reqs:  # vLLM ends it with an error; nothing else may
                     model_runner_output.sampled_token_ids[i] = []
                     continue

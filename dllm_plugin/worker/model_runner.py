@@ -36,6 +36,7 @@ from dllm_plugin.worker.adapters import AdapterMixin
 from dllm_plugin.worker.batch import BatchBuilder, Needs, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
 from dllm_plugin.worker.controls import Surroundings, control, is_hole
+from dllm_plugin.worker.finite import in_place_of_no_choice, weights_are_finite
 from dllm_plugin.worker.graphs import StepGraphs
 from dllm_plugin.worker.progress import Progress
 from dllm_plugin.worker.ranking import RANKED_BY, ChosenRows, RankedRows, given
@@ -61,6 +62,7 @@ class DiffusionModelRunner(AdapterMixin):
         self.model_memory_usage = 0
         self.kv_caches: list[torch.Tensor] = []
         self.rows_at_once = 0  # rows whose logits are in memory together
+        self.watches_logits = False  # whether they are looked at for what is no number
         self.overlaps = device.type == "cuda"
         config, self.settings = self.model_config.hf_config, settings_of(vllm_config)
         self.state = CanvasStore(
@@ -259,7 +261,10 @@ class DiffusionModelRunner(AdapterMixin):
             scores = self.score(
                 scored if self.scores_raw_logits else processed(logits, choice), chosen.token, slot, needs
             )
-        return ChosenRows(chosen.token, ranking, scores)
+        token = chosen.token
+        if self.watches_logits:
+            token = in_place_of_no_choice(token, scored, state.mask_token_id)
+        return ChosenRows(token, ranking, scores)
 
     @property
     def scores_raw_logits(self) -> bool:
@@ -316,6 +321,7 @@ class DiffusionModelRunner(AdapterMixin):
             if self.lora_config:
                 self.model = self.load_lora_model(self.model, self.vllm_config, self.device)
         self.model_memory_usage = memory.consumed_memory
+        self.watch_logits()
         # one for all steps: making it takes as long as choosing tokens does
         self.forward_context = create_forward_context(None, self.vllm_config)
         self.batches.num_words = -(-self.model.num_embeddings // 32)
@@ -329,6 +335,15 @@ class DiffusionModelRunner(AdapterMixin):
     ) -> None:
         reload_weights(self.vllm_config, self.model, weights_iterator, weights_path, is_checkpoint_format)
         self.reset_lora_state()
+        self.watch_logits()
+
+    def watch_logits(self) -> None:
+        """Look at logits in every step only where they can be no numbers: from such weights, adapters, or in float16."""
+        watched = self.watches_logits
+        can_overflow = self.model_config.dtype == torch.float16
+        self.watches_logits = not weights_are_finite(self.model) or can_overflow or self.lora_config is not None
+        if self.graphs is not None and self.watches_logits != watched:
+            self.graphs.forget()
 
     def get_model(self) -> nn.Module:
         return self.model
