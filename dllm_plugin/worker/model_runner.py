@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import create_forward_context, override_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.reload.inplace import reload_weights
 from vllm.utils.mem_utils import DeviceMemoryProfiler
@@ -20,6 +22,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.utils import allocate_kv_cache
 
 from dllm_plugin.attention import DiffusionAttention, WindowBatch
+from dllm_plugin.finite import in_place_of_no_choice
 from dllm_plugin.kernels.confidence import STATISTICS, Choice, confidence
 from dllm_plugin.kernels.edit import Rows as OpenRows
 from dllm_plugin.kernels.edit import edit
@@ -36,7 +39,6 @@ from dllm_plugin.worker.adapters import AdapterMixin
 from dllm_plugin.worker.batch import BatchBuilder, Needs, StepBatch
 from dllm_plugin.worker.canvas import CanvasStore
 from dllm_plugin.worker.controls import Surroundings, control, is_hole
-from dllm_plugin.worker.finite import in_place_of_no_choice, weights_are_finite
 from dllm_plugin.worker.graphs import StepGraphs
 from dllm_plugin.worker.progress import Progress
 from dllm_plugin.worker.ranking import RANKED_BY, ChosenRows, RankedRows, given
@@ -46,6 +48,8 @@ from dllm_plugin.worker.summary import StepNumbers, Summary, summarize
 
 # Rows of logits are computed in chunks of about this size, whatever the batch asks for.
 LOGITS_CHUNK_BYTES = 256 * 2**20
+
+logger = init_logger("vllm." + __name__)
 
 
 class DiffusionModelRunner(AdapterMixin):
@@ -340,8 +344,15 @@ class DiffusionModelRunner(AdapterMixin):
     def watch_logits(self) -> None:
         """Look at logits in every step only where they can be no numbers: from such weights, adapters, or in float16."""
         watched = self.watches_logits
-        can_overflow = self.model_config.dtype == torch.float16
-        self.watches_logits = not weights_are_finite(self.model) or can_overflow or self.lora_config is not None
+        wrong, can_overflow = self.model.not_finite, self.model_config.dtype == torch.float16
+        if wrong and get_tensor_model_parallel_rank() == 0:  # every rank reads whole tensors
+            logger.error(
+                "The weights hold NaN or infinity, first in %s, in %d tensors. Requests that they reach end with an error; "
+                "take the checkpoint anew",
+                wrong[0],
+                len(wrong),
+            )
+        self.watches_logits = bool(wrong) or can_overflow or self.lora_config is not None
         if self.graphs is not None and self.watches_logits != watched:
             self.graphs.forget()
 
