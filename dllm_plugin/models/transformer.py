@@ -280,7 +280,7 @@ class DiffusionLM(nn.Module, SupportsLoRA):
         """Load a checkpoint's tensors; returns the names of the parameters that were loaded.
 
         Those that hold NaN or infinity are named in `not_finite`; later a backend may pack them out of sight. Raises ValueError
-        naming the tensor where one is surplus, has the wrong shape, or is missing.
+        naming the tensor where one is surplus, has the wrong shape or dtype, or is missing.
         """
         # layers with adapters, and vLLM's layer of experts, keep what was loaded under another name
         parameters = {
@@ -296,6 +296,11 @@ class DiffusionLM(nn.Module, SupportsLoRA):
             experts = [shard[0]] if isinstance(shard, tuple) and shard[0] is not None else range(shape.num_experts)
             if target not in parameters or any(expert >= shape.num_experts for expert in experts):
                 raise ValueError(f"the checkpoint holds a tensor that {type(self).__name__} does not have: {name}")
+            if self.quant_config is None and not tensor.is_floating_point():
+                raise ValueError(
+                    f"tensor {name} has dtype {tensor.dtype}, and config.json names no quantization; take the published "
+                    "checkpoint, or the quantization_config that belongs to this one"
+                )
             # vLLM's loaders would cut a tensor that is too large
             if self.quant_config is None and tensor.shape != (asked := shape.tensor_shape(target, shard)):
                 raise ValueError(
