@@ -21,6 +21,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from dllm_plugin.kernels.gated_silu import gated_silu
+from dllm_plugin.messages import shown
 
 _ROWS = 4  # a row of a product of fewer has other bits on a CPU (MKL), and how many an expert gets is up to the batch
 
@@ -199,7 +200,7 @@ def experts_layer(
         )
         if not isinstance(expert.quant_method, UnquantizedLinearMethod):
             raise ValueError(
-                f"on a CPU experts keep the model's dtype, and quantization {quant_config.get_name()!r} includes those of "
+                f"on a CPU experts keep the model's dtype, and quantization {shown(quant_config.get_name())} includes those of "
                 f"{prefix}; serve the checkpoint on a GPU, or quantize it without its experts"
             )
     elif quant_config is not None:
@@ -207,7 +208,7 @@ def experts_layer(
 
         if vllm_config.lora_config is not None:
             raise ValueError(
-                f"adapters and quantization {quant_config.get_name()!r} of a model with experts exclude each other; remove "
+                f"adapters and quantization {shown(quant_config.get_name())} of a model with experts exclude each other; remove "
                 "--enable-lora"
             )
         return FusedMoEFactory(
