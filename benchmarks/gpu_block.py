@@ -49,6 +49,7 @@ def build(config: dict) -> LLM:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(config))
         return LLM(
+            additional_config=measure.EXACT,
             model=folder, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=2048,
             max_num_seqs=32, max_num_batched_tokens=40_000, kv_cache_memory_bytes=12 << 30, enable_prefix_caching=False,
             gpu_memory_utilization=0.5,  # the model before is not gone without a trace

@@ -30,6 +30,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "attn_out")
 def build(folder: str, **settings: object) -> LLM:
     Path(folder, "config.json").write_text(json.dumps(CONFIG))
     return LLM(
+            additional_config=measure.EXACT,
         model=folder, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=2048,
         max_num_seqs=32, max_num_batched_tokens=40_000, kv_cache_memory_bytes=24 << 30, **settings,
     )  # fmt: skip

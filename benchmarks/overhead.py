@@ -13,7 +13,7 @@ import json
 import statistics
 import time
 
-import measure  # noqa: F401  sets the environment, before torch and vLLM are imported
+import measure
 import torch
 from vllm import LLM, SamplingParams
 from vllm import __version__ as vllm_version
@@ -87,7 +87,13 @@ def main() -> None:
     parser.add_argument("--canvas", type=int, default=32, help="masked positions of a request")
     args = parser.parse_args()
 
-    llm = LLM(model=str(path(args.checkpoint)), dtype="float32", max_num_seqs=16, kv_cache_memory_bytes=64 << 20)
+    llm = LLM(
+        model=str(path(args.checkpoint)),
+        dtype="float32",
+        max_num_seqs=16,
+        kv_cache_memory_bytes=64 << 20,
+        additional_config=measure.EXACT,
+    )
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     clock = ModelClock(runner.model)
     final, streamed = RequestOutputKind.FINAL_ONLY, RequestOutputKind.CUMULATIVE

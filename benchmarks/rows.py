@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import measure  # noqa: F401  sets the environment, before torch and vLLM are imported
+import measure  # sets the environment, before torch and vLLM are imported
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
@@ -57,6 +57,7 @@ class Engine:
     llm: LLM
     lora: LoRARequest | None = None
     num_requests: int = 0
+    names_policy: bool = True  # a request says by what positions are ranked
     most_blocks: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -76,7 +77,8 @@ class Engine:
         """Completions of the prompts, ``batch`` of them running at any time; one that ends makes room for another."""
         self.most_blocks = 0
         settings = {f"diffusion_{name}": value for name, value in extras.items()}
-        settings.setdefault("diffusion_remasking", POLICIES[self.name])
+        if self.names_policy:
+            settings.setdefault("diffusion_remasking", POLICIES[self.name])
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": CANVAS} | sampling, extra_args=settings)
         engine, done, first = self.llm.llm_engine, {}, self.num_requests
         self.num_requests += len(prompts)
@@ -91,12 +93,12 @@ class Engine:
         return [done[f"{self.name}-{first + i}"] for i in range(len(prompts))]
 
 
-def load(name: str) -> Engine | None:
+def load(name: str, **settings: Any) -> Engine | None:
     """The engine of a bundled checkpoint; a LoRA adapter in PEFT format runs over tiny-dream. None: there is none."""
     if name not in checkpoints.NAMES or not checkpoints.path(name).is_dir():
         return None
     folder, lora = checkpoints.path(name), None
-    settings: dict[str, Any] = {"enable_prefix_caching": False}  # every answer begins with its prompt
+    settings["enable_prefix_caching"] = False  # every answer begins with its prompt
     if (folder / "adapter_config.json").exists():
         rank = json.loads((folder / "adapter_config.json").read_text())["r"]
         lora = LoRARequest(name, 1, str(folder))
@@ -112,7 +114,7 @@ def start(model: str | Path, **settings: Any) -> LLM:
         kv_cache_memory_bytes=64 << 20,
         block_size=PAGE,
         use_tqdm_on_load=False,
-        **settings,
+        **{"additional_config": measure.EXACT} | settings,
     )
     _started.append(llm)
     return llm

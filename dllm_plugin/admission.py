@@ -106,7 +106,7 @@ def check_sampling_params(sampling_params: SamplingParams, settings: EngineSetti
             f"structured_outputs and diffusion_template={shown(extras['diffusion_template'])} exclude each other: a grammar "
             "takes tokens from the first one on, and a template pins later ones; leave one of them out"
         )
-    check_request(extras, max_tokens, settings.vocab_size, settings.max_model_len, settings.defaults)
+    check_request(extras, max_tokens, settings.vocab_size, settings.max_model_len, settings.defaults, settings.profiles)
     check_likelihood(sampling_params, settings)
     try:  # extras of others, and what was set on the object after vLLM had checked it
         msgspec.msgpack.decode(msgspec.msgpack.encode(sampling_params), type=SamplingParams)
@@ -122,7 +122,7 @@ def check_likelihood(sampling_params: SamplingParams, settings: EngineSettings) 
     asked = sampling_params.prompt_logprobs
     if asked is None:
         return
-    params = parse_request(sampling_params.extra_args, settings.defaults)
+    params = parse_request(sampling_params.extra_args, settings.defaults, settings.profiles)
     if params.strategy == "d2f":
         raise ValueError(
             "prompt_logprobs are of full or block-causal attention, got diffusion_strategy='d2f'; ask with "

@@ -9,10 +9,16 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from dllm_plugin.admission import UNSUPPORTED, DiffusionAdmission, admission_for
-from dllm_plugin.extras import check_token_ids, engine_settings, parse_engine_defaults
+from dllm_plugin.extras import (
+    ENGINE_WIDE,
+    check_engine_settings,
+    check_token_ids,
+    engine_settings,
+    parse_engine_defaults,
+)
 from dllm_plugin.families import family_of
 from dllm_plugin.messages import shown
-from dllm_plugin.params import BLOCK, DiffusionParams
+from dllm_plugin.params import BLOCK, DEFAULT_PROFILE, PROFILES, DiffusionParams, resolve
 from dllm_plugin.plugin import TOKENIZER_MODE
 from dllm_plugin.settings import EngineSettings, model_config_of
 
@@ -27,24 +33,36 @@ LONGEST_GUIDED = 8192  # tokens of a sequence whose second copy there is always 
 DEFAULT_CPU_PAGE = 128  # positions in a page of the KV cache, where vLLM chooses
 
 
-def engine_defaults(vllm_config: "VllmConfig") -> DiffusionParams:
-    """Decoding parameters of a request that gives none: the family's, then those of ``--additional-config``."""
+def engine_profiles(vllm_config: "VllmConfig") -> dict[str, DiffusionParams]:
+    """Decoding parameters of a request by its profile: the family's, then those of ``--additional-config``.
+
+    The first is that of a request which names none.
+    """
     model = vllm_config.model_config
     family = family_of(model.architecture)
-    base = family.defaults
+    given = check_engine_settings(engine_settings(vllm_config.additional_config))
+    exact = replace(family.defaults, profile="exact")
     if family.attention == "block_causal":
-        base = replace(base, strategy=BLOCK, block_length=model.hf_config.block_length, confidence="tempered")
-    defaults = parse_engine_defaults(engine_settings(vllm_config.additional_config), base)
-    label = '--additional-config {"diffusion": ...} '
-    if isinstance(defaults.suffix, str):
-        from vllm.tokenizers import cached_tokenizer_from_config
+        exact = replace(exact, strategy=BLOCK, block_length=model.hf_config.block_length, confidence="tempered")
+    elif given.get("strategy") == "d2f":
+        exact = resolve(exact, {"strategy": "d2f"}, f"{ENGINE_WIDE} ")
+    chosen = given.pop("profile", DEFAULT_PROFILE)
+    if isinstance(given.get("suffix"), str):
+        given["suffix"] = suffix_ids(model, given["suffix"])
+    names = sorted(PROFILES, key=lambda name: name != chosen)
+    profiles = {name: parse_engine_defaults(given, family.profile(name, exact)) for name in names}
+    check_token_ids(profiles[chosen], model.get_vocab_size(), f"{ENGINE_WIDE} ")
+    return profiles
 
-        if model.skip_tokenizer_init:
-            raise ValueError(f"{label}suffix as text needs a tokenizer, and skip_tokenizer_init is set; give token ids")
-        suffix = cached_tokenizer_from_config(model).encode(defaults.suffix, add_special_tokens=False)
-        defaults = replace(defaults, suffix=tuple(suffix))
-    check_token_ids(defaults, model.get_vocab_size(), label)
-    return defaults
+
+def suffix_ids(model: ModelConfig, text: str) -> list[int]:
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    if model.skip_tokenizer_init:
+        raise ValueError(
+            f"{ENGINE_WIDE} suffix as text needs a tokenizer, and skip_tokenizer_init is set; give token ids"
+        )
+    return cached_tokenizer_from_config(model).encode(text, add_special_tokens=False)
 
 
 class DiffusionModelConfig(ModelConfig):
@@ -97,17 +115,18 @@ class DiffusionEngineConfig(VerifyAndUpdateConfig):
         model.engine = vllm_config.parallel_config
         model.hf_config.check()
         refuse_what_does_not_fit(vllm_config)
-        defaults = engine_defaults(vllm_config)  # a wrong one stops start-up, not the first request
+        profiles = tuple(engine_profiles(vllm_config).values())  # a wrong one stops start-up, not the first request
         fit_token_budget(vllm_config)
         fit_cpu_memory(vllm_config)
         model.diffusion = EngineSettings(
             architecture=model.architecture,
-            defaults=defaults,
+            defaults=profiles[0],
             vocab_size=model.get_vocab_size(),
             max_model_len=model.max_model_len,
             most_tokens=most_tokens_of_a_step(vllm_config),
             turn_end_token_id=turn_end_token_id(vllm_config),
             records_graphs=not graphs_are_off(vllm_config),
+            profiles=profiles,
         )
         select_components(vllm_config)
 

@@ -9,6 +9,7 @@ from typing import Any
 from dllm_plugin.messages import shown
 from dllm_plugin.params import MOST, NEUTRAL, PREFIX, RULES, DiffusionParams, resolve
 
+ENGINE_WIDE = '--additional-config {"diffusion": ...}'
 _KEYS = [PREFIX + name for name in RULES]
 _INITIALS = {name[0] for name in (*RULES, PREFIX)}
 LONGEST_NAME = 64  # nothing longer is like one of ours
@@ -40,24 +41,31 @@ def check_token_ids(params: DiffusionParams, vocab_size: int, label: str) -> Non
             )
 
 
-def parse_engine_defaults(settings: Any, base: DiffusionParams) -> DiffusionParams:
-    """``base`` with the engine-wide ``settings`` (``{"steps": 64}``) applied. Raises ValueError for a wrong one."""
-    where = '--additional-config {"diffusion": ...}'
+def check_engine_settings(settings: Any) -> dict[str, Any]:
+    """Engine-wide settings (``{"steps": 64}``). Raises ValueError for a wrong one."""
+    where = ENGINE_WIDE
     if not isinstance(settings, Mapping):
         raise ValueError(f"{where} must be a mapping of parameter names to values, got {shown(settings)}")
     for name, value in settings.items():
         if name not in RULES:
             raise ValueError(f"{where} has an unknown parameter {shown(name)}{_nearest(name, RULES)}")
         _check(f"{where} {name}", name, value)
-    return resolve(base, settings, label=f"{where} ")
+    return dict(settings)
 
 
-def parse_request(extra_args: Mapping[str, Any] | None, defaults: DiffusionParams) -> DiffusionParams:
-    """The parameters of a request: ``defaults`` with its ``diffusion_*`` extras applied.
+def parse_engine_defaults(settings: Any, base: DiffusionParams) -> DiffusionParams:
+    """``base`` with the engine-wide ``settings`` applied. Raises ValueError for a wrong one, or two that exclude each other."""
+    return resolve(base, check_engine_settings(settings), label=f"{ENGINE_WIDE} ")
+
+
+def parse_request(
+    extra_args: Mapping[str, Any] | None, defaults: DiffusionParams, profiles: Iterable[DiffusionParams] = ()
+) -> DiffusionParams:
+    """The parameters of a request: ``defaults``, or the one of the ``profiles`` that it names, with its extras applied.
 
     A default that contradicts an extra gives way to it. Raises ValueError for a wrong extra, or two that exclude each other.
     """
-    return resolve(defaults, _given(extra_args), label=PREFIX)
+    return _resolve_request(_given(extra_args), defaults, profiles)
 
 
 def check_request(
@@ -66,10 +74,11 @@ def check_request(
     vocab_size: int,
     max_model_len: int,
     defaults: DiffusionParams = NEUTRAL,
+    profiles: Iterable[DiffusionParams] = (),
 ) -> None:
     """Raise ValueError where a request's extras are wrong in themselves, for the model, or cannot hold together."""
     given = _given(extra_args, longest=max_model_len)
-    params = resolve(defaults, given, label=PREFIX)
+    params = _resolve_request(given, defaults, profiles)
     if params.template and max_tokens is not None and len(params.template) > max_tokens:
         raise ValueError(
             f"max_tokens must hold the whole diffusion_template, which has {len(params.template)} positions, got "
@@ -90,6 +99,13 @@ def check_request(
             f"unmask {blocks} blocks of {block_length} positions (canvas of {canvas}); raise diffusion_steps "
             f"to {blocks} or diffusion_block_length to {math.ceil(canvas / steps)}"
         )
+
+
+def _resolve_request(
+    given: Mapping[str, Any], defaults: DiffusionParams, profiles: Iterable[DiffusionParams]
+) -> DiffusionParams:
+    base = next((each for each in profiles if each.profile == given.get("profile")), defaults)
+    return resolve(base, given, label=PREFIX)
 
 
 def _given(extra_args: Mapping[str, Any] | None, longest: int = MOST) -> dict[str, Any]:

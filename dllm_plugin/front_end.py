@@ -70,7 +70,7 @@ def complete(
         raise ValueError(f"priority must be an integer, got {shown(request.priority)}; leave it out")
     sampling, prompt = request.sampling_params, request.prompt_token_ids
     assert sampling is not None and sampling.max_tokens is not None and prompt is not None  # vLLM has filled them in
-    params = parse_request(sampling.extra_args, settings.defaults)
+    params = parse_request(sampling.extra_args, settings.defaults, settings.profiles)
     room = functools.partial(settings.answer_limit, params, len(prompt), sampling.max_tokens, max_model_len)
     if isinstance(text := params.suffix, str):
         if tokenizer is None:

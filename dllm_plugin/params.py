@@ -16,6 +16,8 @@ from dllm_plugin.policies import POLICIES
 PREFIX = "diffusion_"
 HOLE = -1
 
+PROFILES = ("exact", "balanced", "fast")
+DEFAULT_PROFILE = "balanced"
 MOST = 1_000_000  # nothing is larger; far beyond any use, so that it is not worth a word
 
 
@@ -84,6 +86,12 @@ _NUMBER = Rule(float, 0.0, MOST)
 class DiffusionParams:
     """Decoding parameters of one request, with the rule and the text of each. None: off, or derived from the canvas."""
 
+    profile: str | None = _parameter(
+        Rule(str, choices=PROFILES),
+        None,
+        "settings of the family that all others start from (docs/profiles.md): those of its reference decoder, of its chats, or "
+        "of its fastest decoding; default: the engine's, balanced",
+    )
     steps: int | None = _parameter(
         _COUNT,
         None,
@@ -252,6 +260,8 @@ PRESETS = {  # as the card of inclusionAI/LLaDA2.1-mini names them
     "quality": {"threshold": 0.7, "edit_threshold": 0.5},
     "speed": {"threshold": 0.5, "edit_threshold": 0.0},
 }
+# What a default gives way to where only the second is given; given together, the first decides.
+GIVES_WAY = (("threshold", "steps"), ("factor", "steps"))
 _BY_PROBABILITY = tuple(policy.name for policy in POLICIES.values() if policy.is_by_probability)
 
 
@@ -323,6 +333,9 @@ def resolve(base: DiffusionParams, given: Mapping[str, Any], label: str) -> Diff
         given.setdefault("strategy", BLOCK)
     values = {name: getattr(base, name) for name in PARAMETERS}
     values |= {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    for first, second in GIVES_WAY:
+        if second in given and first not in given:
+            values[first] = getattr(NEUTRAL, first)
     for conflict in CONFLICTS:
         if not conflict.holds(values):
             continue

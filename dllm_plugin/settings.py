@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 class EngineSettings:
     """Settings of one engine.
 
-    ``architecture``: that of config.json. ``defaults``: decoding parameters of a request that gives none.
-    ``most_tokens``: what a step forwards at most. ``turn_end_token_id``: of the family's end of turn, -1 if there is none.
-    ``records_graphs``: steps may be recorded as CUDA graphs.
+    ``architecture``: that of config.json. ``defaults``: decoding parameters of a request that gives none. ``profiles``: those
+    of a request that gives no more than a profile. ``most_tokens``: what a step forwards at most. ``turn_end_token_id``: of the
+    family's end of turn, -1 if there is none. ``records_graphs``: steps may be recorded as CUDA graphs.
     """
 
     architecture: str
@@ -28,6 +28,7 @@ class EngineSettings:
     most_tokens: int
     turn_end_token_id: int
     records_graphs: bool
+    profiles: tuple[DiffusionParams, ...] = ()
 
     @property
     def family(self) -> Family:

@@ -14,6 +14,9 @@ from dllm_plugin.worker.records import score
 NUM_LOGPROBS = 4
 TOKENS = 12
 
+# On a GPU a product of more rows may add up in another order.
+ROUNDING = 1e-4 if torch.cuda.is_available() else 0
+
 
 @pytest.mark.parametrize("checkpoint", ["llada", "dream"])
 def test_a_trajectory_tells_when_each_token_was_written(checkpoint):
@@ -168,7 +171,8 @@ def test_there_is_one_for_each_token(form):
         assert tokens == list(whole.outputs[0].token_ids)[: len(tokens)]
         assert tokens[-1] == end or not params.stop_token_ids
         said = [(entry[token].logprob, entry[token].rank) for token, entry in zip(tokens, told, strict=True)]
-        assert said == first.setdefault("said", said)[: len(said)]
+        before = first.setdefault("said", said)[: len(said)]
+        assert said == [(pytest.approx(number, abs=ROUNDING), rank) for number, rank in before]
     pinned = extras.get("diffusion_template", [])
     assert all(first["said"][i] == (0.0, 1) for i, token in enumerate(pinned) if token >= 0)
 

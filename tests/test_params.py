@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from dllm_plugin import extras as extras_
 from dllm_plugin.extras import engine_settings, parse_engine_defaults, parse_request
+from dllm_plugin.families import FAMILIES, Family
 from dllm_plugin.messages import shown
-from dllm_plugin.params import CONFLICTS, PREFIX, RULES, DiffusionParams
+from dllm_plugin.params import CONFLICTS, PREFIX, PROFILES, RULES, DiffusionParams
 from dllm_plugin.policies import POLICIES
 
 NEUTRAL = DiffusionParams()
@@ -29,6 +30,7 @@ _SHARE = ([0, 0.0, 0.5, 1, 1.0], [-0.1, 1.1, NAN, INF, -INF, "0.5", True, False,
 _NOT_NEGATIVE = ([0, 0.0, 0.3, 5, 1e6], [-1, -1e-9, NAN, INF, "1", True, None, [1.0]])
 _CHOICE_WRONG = ["", "NONE", "nothing", 0, 1, True, None, ["none"]]
 VALUES = {
+    "profile": (["exact", "balanced", "fast"], ["Exact", "slow", *_CHOICE_WRONG]),
     "steps": _COUNT,
     "block_length": _COUNT,
     "canvas_length": _COUNT,
@@ -304,11 +306,13 @@ def test_whatever_the_defaults_a_request_keeps_what_it_gives(defaults, given):
     assert not any(one.holds({each: getattr(resolved, each) for each in RULES}) for one in CONFLICTS)
 
 
-def test_steps_that_a_default_threshold_makes_unused():
+def test_steps_that_a_threshold_makes_unused():
     extras = {"diffusion_steps": 2, "diffusion_block_length": 4}
     with pytest.raises(ValueError, match="2 steps cannot unmask 4 blocks"):
         check_request(extras, 16)
-    check_request(extras, 16, defaults=DiffusionParams(threshold=0.9))
+    with pytest.raises(ValueError, match="2 steps cannot unmask 4 blocks"):  # the default gives way to the steps
+        check_request(extras, 16, defaults=DiffusionParams(threshold=0.9))
+    check_request(extras | {"diffusion_threshold": 0.9}, 16)
 
 
 # ---- keys
@@ -462,3 +466,55 @@ def test_wrong_engine_defaults(settings, message):
     with pytest.raises(ValueError) as error:
         parse_engine_defaults(settings, NEUTRAL)
     assert message in str(error.value) and "--additional-config" in str(error.value)
+
+
+# ---- profiles
+
+FAMILY_PROFILES = [(family, name) for family in FAMILIES for name in PROFILES]
+
+
+def exact_of(family: Family) -> DiffusionParams:
+    strategy = "block" if family.prefix_stands_alone else "full"
+    return replace(family.defaults, profile="exact", strategy=strategy, block_length=family.block_length)
+
+
+@pytest.mark.parametrize("family, name", FAMILY_PROFILES, ids=lambda value: getattr(value, "name", value))
+def test_a_profile_is_what_the_family_says_of_it(family, name):
+    exact = exact_of(family)
+    params = family.profile(name, exact)
+    assert params.profile == name
+    if name == "exact":
+        assert params == exact
+        return
+    for parameter, value in family.profiles.get(name, {}).items():
+        assert getattr(params, parameter) == value
+    assert params.threshold is not None, "one token a step"
+
+
+def test_a_request_takes_its_profile_before_its_own_parameters():
+    llada = next(family for family in FAMILIES if family.name == "LLaDA")
+    profiles = [llada.profile(name, exact_of(llada)) for name in PROFILES]
+    balanced = profiles[1]
+    assert parse_request({}, balanced, profiles) == balanced
+    fast = parse_request({"diffusion_profile": "fast", "diffusion_block_length": 8}, balanced, profiles)
+    assert (fast.cache, fast.threshold, fast.block_length) == ("dual", 0.9, 8)
+    exact = parse_request({"diffusion_profile": "exact"}, balanced, profiles)
+    assert exact == replace(NEUTRAL, profile="exact")
+    guided = parse_request({"diffusion_profile": "fast", "diffusion_cfg_scale": 1.0}, balanced, profiles)
+    assert (guided.cache, guided.threshold) == ("none", 0.9), "the profile gives way"
+
+
+def test_steps_are_not_lost_on_the_threshold_of_a_profile():
+    base = DiffusionParams(threshold=0.9, factor=None)
+    assert parse_request({"diffusion_steps": 8}, base).threshold is None
+    both = parse_request({"diffusion_steps": 8, "diffusion_threshold": 0.5}, base)
+    assert (both.steps, both.threshold) == (8, 0.5)
+    assert parse_request({"diffusion_steps": 8}, DiffusionParams(factor=1.0)).factor is None
+
+
+def test_d2f_has_profiles_of_its_own():
+    llada = next(family for family in FAMILIES if family.name == "LLaDA")
+    exact = replace(exact_of(llada), strategy="d2f")
+    fast = llada.profile("fast", exact)
+    assert (fast.strategy, fast.threshold, fast.cache) == ("d2f", None, "none")
+    assert fast.d2f_accept_threshold < exact.d2f_accept_threshold

@@ -125,9 +125,9 @@ class DiffusionScheduler(Scheduler):
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
             try:
-                denoising = self._begin_denoising(
-                    request, parse_request(sampling_of(request).extra_args, self.settings.defaults)
-                )
+                extras = sampling_of(request).extra_args
+                params = parse_request(extras, self.settings.defaults, self.settings.profiles)
+                denoising = self._begin_denoising(request, params)
             except Exception as error:
                 # the front end refuses such a request, but for one that was made elsewhere. An exception here would end the
                 # engine for everyone: it runs a step without what is wrong, and vLLM then ends it with finish_reason "error"

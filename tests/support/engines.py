@@ -31,7 +31,12 @@ def new_engine(model: Path, **settings: Any) -> LLM:
         "use_tqdm_on_load": False,
         "skip_tokenizer_init": not has_tokenizer,
     }
-    return LLM(model=str(model), **defaults | settings)
+    config = settings.pop("additional_config", {})
+    if isinstance(
+        wide := config.get("diffusion", {}), dict
+    ):  # what a request leaves open is as in the reference decoders
+        config = {**config, "diffusion": {"profile": "exact", **wide}}
+    return LLM(model=str(model), additional_config=config, **defaults | settings)
 
 
 def core(llm: LLM) -> Any:
