@@ -80,7 +80,8 @@ class DiffusionAttention(nn.Module, AttentionLayerBase):
         """Output ``[tokens, num_heads, head_size]`` for rotated query, key and value of the same ragged layout."""
         batch = get_forward_context().attn_metadata
         assert isinstance(batch, WindowBatch)
-        key_cache, value_cache = self.key_cache, self.value_cache
+        # a step that profiles memory runs before there are any
+        key_cache, value_cache = getattr(self, "key_cache", None), getattr(self, "value_cache", None)
         if batch.copied is not None:
             key_cache, value_cache = copy_pages(key_cache, batch.copied), copy_pages(value_cache, batch.copied)
         if batch.slot_mapping is not None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from openai import BadRequestError, OpenAI
+from openai import APIError, BadRequestError, OpenAI
 from reference.likelihood import full_chain
 from support.checkpoints import reference
 from support.engines import engine
@@ -263,6 +263,21 @@ def test_infilling(llada: Server) -> None:
     )
     ids = answer.choices[0].token_ids
     assert len(ids) == 5 and [ids[1], ids[2], ids[4]] == [65, 66, 67]
+
+
+@pytest.mark.parametrize("route", [chat, complete])
+@pytest.mark.parametrize("extras", [{"diffusion_steps": 0}, {"diffusion_suffix": [5] * 511}], ids=["value", "room"])
+def test_a_mistake_in_a_streamed_request_is_one_line_of_the_log(
+    llada: Server, route: Any, extras: dict[str, Any]
+) -> None:
+    before = len(llada.log.read_text())
+    with pytest.raises(APIError) as failure:
+        list(route(llada, extras=extras, stream=True))
+    assert int(failure.value.code) == 400 and next(iter(extras)) in failure.value.message
+    logged = llada.log.read_text()[before:].splitlines()
+    assert [line for line in logged if "Traceback" in line or '  File "' in line] == []
+    (told,) = [line for line in logged if next(iter(extras)) in line]
+    assert "WARNING" in told and failure.value.message in told
 
 
 @pytest.mark.parametrize("suffix", ["no more " * 100, [5] * 511, "no more " * 100_000], ids=["text", "ids", "huge"])

@@ -20,6 +20,7 @@ from vllm.platforms import current_platform
 
 from dllm_plugin.kernels.gated_silu import gated_silu
 from dllm_plugin.kernels.route import Routing, route
+from dllm_plugin.messages import shown
 
 _ROWS = 4  # a row of a product of fewer has other bits on a CPU (MKL), and how many an expert gets is up to the batch
 
@@ -142,7 +143,7 @@ def experts_layer(
         )
         if not isinstance(expert.quant_method, UnquantizedLinearMethod):
             raise ValueError(
-                f"on a CPU experts keep the model's dtype, and quantization {quant_config.get_name()!r} includes those of "
+                f"on a CPU experts keep the model's dtype, and quantization {shown(quant_config.get_name())} includes those of "
                 f"{prefix}; serve the checkpoint on a GPU, or quantize it without its experts"
             )
     elif quant_config is not None:
@@ -150,7 +151,7 @@ def experts_layer(
 
         if vllm_config.lora_config is not None:
             raise ValueError(
-                f"adapters and quantization {quant_config.get_name()!r} of a model with experts exclude each other; remove "
+                f"adapters and quantization {shown(quant_config.get_name())} of a model with experts exclude each other; remove "
                 "--enable-lora"
             )
         return FusedMoEFactory(
