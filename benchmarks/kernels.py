@@ -254,7 +254,7 @@ def route_cases(limits: dict[str, float], quick: bool) -> list[dict]:
     rows = []
     for name in ROUTERS:
         for tokens in (32, 1024, 8192):
-            logits, bias, routing = call = route_inputs(name, tokens)
+            logits, _, routing = call = route_inputs(name, tokens)
             error, allowed = route_error(*call), 2.0**-22 if routing.in_float32 else 2.0**-7
             moved = float(logits.nbytes + tokens * routing.top_k * (4 + logits.itemsize))
             calls = [partial(route, *call)] + [partial(route, *route_inputs(name, tokens)) for _ in range(7)]
