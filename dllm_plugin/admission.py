@@ -36,7 +36,6 @@ SEED_LIMIT = 2**63  # that of HTTP requests; the seeds of further completions, s
 
 # SamplingParams attribute, its neutral values, and what a user can do instead
 UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("min_p", (0, 0.0), "use top_p or top_k"),
     ("prompt_logprob_token_ids", (), "leave it out"),
     ("thinking_token_budget", (None,), "leave it out"),
     ("watermarking", (None, False), "leave it out"),

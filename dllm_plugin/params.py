@@ -187,7 +187,7 @@ class DiffusionParams:
     confidence: str | None = _parameter(
         Rule(str, choices=("plain", "tempered", "filtered")),
         None,
-        "what probabilities are of: plain logits, those divided by the temperature, or what top_k and top_p leave of these; "
+        "what probabilities are of: plain logits, those divided by the temperature, or what min_p, top_k and top_p leave; "
         "default: as the family's decoder has it, for block tempered",
     )
     d2f_add_threshold: float = _parameter(

@@ -86,7 +86,6 @@ def test_wrong_extras(extras, max_tokens, message):
 
 # Every row of the table, with a value that is not neutral.
 UNSUPPORTED = {
-    "min_p": 0.1,
     "prompt_logprob_token_ids": [[1, 2]],
     "thinking_token_budget": 4,
     "watermarking": True,
@@ -108,7 +107,7 @@ def test_unsupported_sampling_parameters(name):
     assert str(error.value).endswith(remedy)
 
 
-@pytest.mark.parametrize("name", ["min_p", "thinking_token_budget"])
+@pytest.mark.parametrize("name", ["watermarking", "thinking_token_budget"])
 def test_unsupported_sampling_parameters_in_the_engine(name):
     llm = engine("llada")
     params = SamplingParams(temperature=1.0, max_tokens=8, **{name: UNSUPPORTED[name]})
@@ -121,7 +120,6 @@ def test_unsupported_sampling_parameters_in_the_engine(name):
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("min_p", 0.0),
         ("presence_penalty", 0),
         ("repetition_penalty", 1.0),
         ("min_tokens", 0),
@@ -154,7 +152,7 @@ def test_likelihoods_that_are_not_told(prompt_logprobs, extras, message):
 def test_every_sampling_parameter_of_vllm_is_known():
     """What vLLM lets a request ask for is served, refused, or has no bearing; nothing is dropped without a word."""
     served = {
-        "temperature", "top_p", "top_k", "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "detokenize",
+        "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "detokenize",
         "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output", "output_kind", "n",
         "stream_interval", "repetition_detection", "extra_args", "presence_penalty", "frequency_penalty",
         "repetition_penalty", "min_tokens", "logit_bias", "allowed_token_ids", "bad_words", "logprobs", "logprob_token_ids",

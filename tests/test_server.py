@@ -202,7 +202,7 @@ def test_a_stop_string_ends_the_answer(llada: Server) -> None:
         ({"diffusion_steps": 2, "diffusion_block_length": 4}, {}, ["at least", "2", "raise diffusion_steps"]),
         ({"diffusion_suffix": [99999]}, {}, ["diffusion_suffix", "320", "99999", "tokenizer"]),
         ({"diffusion_template": [-1, 2**62]}, {}, ["diffusion_template", "320"]),
-        ({}, {"temperature": 1, "extra": {"min_p": 0.5}}, ["min_p", "not supported", "0.5", "use top_p"]),
+        ({}, {"temperature": 1, "extra": {"min_p": 1.5}}, ["min_p", "[0, 1]", "1.5"]),
         ({}, {"max_tokens": 0}, ["max_tokens", "0"]),
     ],
 )

@@ -77,6 +77,7 @@ class NewCanvas:
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
     seed: int
     answer_start: int
     controls: Controls

@@ -454,6 +454,7 @@ class DiffusionScheduler(Scheduler):
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=min(sampling.top_k, self.settings.vocab_size),
+            min_p=sampling.min_p,
             seed=denoising.seed,
             answer_start=request.num_prompt_tokens,
             controls=Controls.of(sampling),

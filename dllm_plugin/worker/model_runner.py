@@ -282,12 +282,13 @@ class DiffusionModelRunner(AdapterMixin):
     def filter(
         self, logits: torch.Tensor, slot: torch.Tensor, temperature: torch.Tensor | None, suppression: bool
     ) -> Cut:
-        """Where top-k and top-p cut every row."""
+        """Where min-p, top-k and top-p cut every row."""
         state = self.state
         filters = Filters(
             temperature=temperature,
             top_k=state.top_k[slot],
             top_p=state.top_p[slot],
+            min_p=state.min_p[slot],
             k_first=state.top_k_first[slot],
             gone=state.gone[slot] if suppression else None,
         )

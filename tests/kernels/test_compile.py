@@ -13,8 +13,8 @@ from dllm_plugin.kernels.window_attention import HEAD_SIZES
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 # capability: bytes of shared memory a block may use
 TARGETS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-KERNELS = {"attention_kernel", "combine_kernel", "part_kernel", "merge_kernel", "survey_kernel", "select_kernel",
-           "entropy_kernel", "unmask_kernel",
+KERNELS = {"attention_kernel", "combine_kernel", "part_kernel", "merge_kernel", "entropy_kernel", "unmask_kernel",
+           "survey_kernel", "select_kernel", "_route_kernel",
            "_store_kv_kernel", "_rms_norm_kernel", "_rotate_kernel", "_head_norm_kernel", "_gated_silu_kernel"}  # fmt: skip
 
 
