@@ -243,8 +243,9 @@ def assignments() -> Pairs:
             if isinstance(target, ast.Attribute) and not isinstance(target.ctx, ast.Load):
                 if target.attr in theirs if is_self(target.value) else target.attr not in ours:
                     found.add((function, target.attr))
-            elif isinstance(target, ast.Call) and "setattr" in ast.unparse(target.func) and not is_self(target.args[0]):
-                found.add((function, "setattr"))
+            elif isinstance(target, ast.Call) and "setattr" in (called := ast.unparse(target.func)):
+                if called != "super().__setattr__" and not is_self(target.args[0]):
+                    found.add((function, "setattr"))
     return found
 
 
