@@ -3,8 +3,8 @@
 Each case is a random JSON schema or regular expression, every second one at temperature 1. All of a checkpoint are asked at
 once, sixteen in a batch: first without a grammar, then with theirs, then each beside a request without one, so that both must
 have the tokens that they had before. Prints for each checkpoint the share of valid answers, how many tokens changed, and the
-tokens per forward pass with and without grammars. The last line is one JSON object. Answers are bounded by their grammars, so
-that none is cut off.
+tokens per forward pass with and without grammars, of canvases of 32 tokens. The last line is one JSON object. Answers are
+bounded by their grammars, so that none is cut off.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from dllm_plugin import checkpoints
 from dllm_plugin.checkpoints.tasks import questions
 from dllm_plugin.metrics import num_forward_passes
 
-MAX_TOKENS = 200
+MAX_TOKENS, CANVAS_LENGTH = 200, 32
 
 
 def random_schema(draw: random.Random, depth: int = 2) -> dict:
@@ -130,7 +130,8 @@ def main() -> None:
             model=str(checkpoints.path(name)), dtype="float32", max_num_seqs=16, kv_cache_memory_bytes=64 << 20,
             structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True}, use_tqdm_on_load=False,
         )  # fmt: skip
-        result[name] = run(llm, arguments.cases, dict(checkpoints.DECODING.get(name, {})), seed=1)
+        extras = {"diffusion_canvas_length": CANVAS_LENGTH} | checkpoints.DECODING.get(name, {})
+        result[name] = run(llm, arguments.cases, extras, seed=1)
         print(name, result[name], flush=True)
         llm.llm_engine.engine_core.shutdown()
     print(json.dumps(result))
