@@ -15,10 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import pytest
 from support.checkpoints import folder, temporary_folder
 from support.server import Server, start
 from transformers import PreTrainedTokenizerFast
+
+from dllm_plugin.rollouts import rollout_of_response
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import structured
@@ -240,3 +243,30 @@ def test_random_constraints_beside_requests_without_one(server: Server) -> None:
         if not structured.is_valid(constraint, answer.content)
     ] == []
     assert [future.result() for future in free] == [alone] * len(free)
+
+
+# ---- rollouts
+
+
+@pytest.mark.parametrize("route", ["chat/completions", "completions"])
+@pytest.mark.parametrize("asked", [{}, {"structured_outputs": {"regex": "[ab]{3}"}}], ids=["free", "grammar"])
+def test_a_response_is_a_rollout(server: Server, route: str, asked: dict[str, Any]) -> None:
+    """A grammar's position is ranked by infinity, of which JSON has none."""
+    text = "Reverse the word cat."
+    body = {"prompt": text} if route == "completions" else {"messages": [{"role": "user", "content": text}]}
+    body |= {"max_tokens": 12, "temperature": 1, "seed": 1, "return_token_ids": True} | asked
+    response = httpx.post(
+        f"{server.url}/v1/{route}",
+        json=body | {"model": server.model, "vllm_xargs": {"diffusion_trajectory": 1, "diffusion_canvas_length": 8}},
+        timeout=60,
+    ).json()
+    rollout = rollout_of_response(response)
+    assert rollout.token_ids[: rollout.num_answer] == response["choices"][0]["token_ids"]
+    assert len(rollout.prompt_token_ids) == response["usage"]["prompt_tokens"]
+    assert len(rollout.token_ids) in (8, 12) and rollout.canvas_length == 8
+    assert sorted({step for step in rollout.forward_passes if step >= 0})[0] == 0
+    assert all(
+        (logprob < 0) == (step >= 0) for logprob, step in zip(rollout.logprobs, rollout.forward_passes, strict=True)
+    )
+    with pytest.raises(ValueError, match="ask with n=1, return_token_ids and diffusion_trajectory=1 in vllm_xargs"):
+        rollout_of_response(response | {"kv_transfer_params": None})
