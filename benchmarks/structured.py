@@ -123,12 +123,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=500, help="of each checkpoint (default: %(default)s)")
     parser.add_argument("--checkpoint", action="append", choices=checkpoints.NAMES, help="default: all")
+    parser.add_argument("--backend", default="xgrammar", help="of vLLM's structured outputs (default: %(default)s)")
     arguments = parser.parse_args()
     result = {"environment": measure.environment() | {"vllm": vllm_version}}
     for name in arguments.checkpoint or checkpoints.NAMES:
         llm = LLM(
             model=str(checkpoints.path(name)), dtype="float32", max_num_seqs=16, kv_cache_memory_bytes=64 << 20,
-            structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True}, use_tqdm_on_load=False,
+            structured_outputs_config={"backend": arguments.backend, "disable_any_whitespace": True}, use_tqdm_on_load=False,
         )  # fmt: skip
         extras = {"diffusion_canvas_length": CANVAS_LENGTH} | checkpoints.DECODING.get(name, {})
         result[name] = run(llm, arguments.cases, extras, seed=1)
