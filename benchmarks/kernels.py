@@ -1,7 +1,7 @@
 """Times the kernels of dllm_plugin against what the device can do, after checking that they are right.
 
     python benchmarks/kernels.py                      # CUDA if there is one, else the torch path on the CPU
-    python benchmarks/kernels.py --op attention       # attention, confidence, filter, unmask or store_kv
+    python benchmarks/kernels.py --op attention       # attention, confidence, filter, route, unmask or store_kv
     python benchmarks/kernels.py --json FILE          # the same JSON that the last line prints, indented
     python benchmarks/kernels.py --table FILE         # the table of docs/performance.md out of such a file
     compute-sanitizer python benchmarks/kernels.py --check    # small cases of each, checked and not timed
@@ -41,6 +41,7 @@ from dllm_plugin.kernels.gated_silu import gated_silu, gated_silu_rule
 from dllm_plugin.kernels.head_norm import head_norm, head_norm_rule
 from dllm_plugin.kernels.rms_norm import rms_norm, rms_norm_rule
 from dllm_plugin.kernels.rotary import rotate, rotate_rule
+from dllm_plugin.kernels.route import GroupedSigmoidRouting, Routing, SoftmaxRouting, route, route_rule
 from dllm_plugin.kernels.store_kv import split_kv_cache, store_kv, store_kv_rule
 from dllm_plugin.kernels.unmask import Segments, unmask, unmask_rule
 from dllm_plugin.kernels.window_attention import (
@@ -54,7 +55,7 @@ from dllm_plugin.kernels.window_attention import (
 )
 
 LLADA, DREAM = (32, 32, 128), (28, 4, 128)  # heads, key-value heads, head size
-OPERATIONS = ("attention", "confidence", "filter", "unmask", "store_kv")
+OPERATIONS = ("attention", "confidence", "filter", "route", "unmask", "store_kv")
 
 
 def starts(lengths: list[int]) -> list[int]:
@@ -220,6 +221,50 @@ def attention_cases(limits: dict[str, float], quick: bool) -> list[dict]:
     return rows
 
 
+# --- route ----------------------------------------------------------------------------------------------------------
+
+ROUTERS = {  # experts, routing
+    "llada2": (256, GroupedSigmoidRouting(8, 8, 4, 2.5)),
+    "sdar-moe": (128, SoftmaxRouting(8, True)),
+    "llada-moe": (64, SoftmaxRouting(8, False)),
+}
+
+
+def route_inputs(name: str, tokens: int, tied: bool = False) -> tuple[Tensor, Tensor | None, Routing]:
+    num_experts, routing = ROUTERS[name]
+    logits, bias = torch.randn(tokens, num_experts, device="cuda") * 2, torch.randn(num_experts, device="cuda") * 0.1
+    if tied:
+        logits, bias = (logits * 1.5).round() / 4, (bias * 20).round() / 8
+    return (
+        logits.to(torch.float32 if routing.in_float32 else torch.bfloat16),
+        bias if routing.has_bias else None,
+        routing,
+    )
+
+
+def route_error(logits: Tensor, bias: Tensor | None, routing: Routing) -> float:
+    """Largest relative error of a weight; infinite when an expert differs."""
+    (weights, experts), (want_weights, want) = (run(logits, bias, routing) for run in (route, route_rule))
+    if not torch.equal(experts, want):
+        return math.inf
+    return float(((weights.double() - want_weights.double()) / want_weights.double()).abs().max())
+
+
+def route_cases(limits: dict[str, float], quick: bool) -> list[dict]:
+    rows = []
+    for name in ROUTERS:
+        for tokens in (32, 1024, 8192):
+            logits, _, routing = call = route_inputs(name, tokens)
+            error, allowed = route_error(*call), 2.0**-22 if routing.in_float32 else 2.0**-7
+            moved = float(logits.nbytes + tokens * routing.top_k * (4 + logits.itemsize))
+            calls = [partial(route, *call)] + [partial(route, *route_inputs(name, tokens)) for _ in range(7)]
+            row = report(f"route {name} {tokens}", graph_time(calls), moved, 0.0, limits, error, allowed)
+            row["rivals_s"] = {"torch_sort": graph_time([partial(route_rule, *call)])}
+            print("   ", {rival: f"{seconds * 1e6:.1f} us" for rival, seconds in row["rivals_s"].items()})
+            rows.append(row)
+    return rows
+
+
 # --- unmask and store_kv --------------------------------------------------------------------------------------------
 
 
@@ -351,6 +396,9 @@ def check() -> dict[str, float]:
     cut = {"cut": find_cut(logits, mixed), "unfiltered": row % 2 == 1, "tempered": row < 3}
     sampled = drawn | {"temperature": mixed.temperature} | cut
     errors["confidence, filtered"] = confidence_error(logits, Choice(no_choice=row[:, None], **sampled, **ALL))
+    for router in ROUTERS:
+        for tied in (False, True):
+            errors[f"route {router}{', tied' * tied}"] = route_error(*route_inputs(router, 500, tied))
     errors["unmask"] = unmask_error(3, 70, 200)
     errors |= block_operation_errors()
     errors["store_kv"] = store_kv_error(*store_kv_inputs(7, 3, 80, 4, torch.float32))
@@ -420,6 +468,7 @@ def main() -> None:
             "attention": attention_cases,
             "confidence": confidence_cases,
             "filter": filter_cases,
+            "route": route_cases,
             "unmask": unmask_cases,
             "store_kv": store_kv_cases,
         }

@@ -11,7 +11,9 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from dllm_plugin.compat import V2LogitsProcessor
-from dllm_plugin.params import MOST, check_request, parse_request
+from dllm_plugin.extras import check_request, parse_request
+from dllm_plugin.messages import shown
+from dllm_plugin.params import MOST
 from dllm_plugin.settings import EngineSettings
 
 
@@ -34,7 +36,6 @@ SEED_LIMIT = 2**63  # that of HTTP requests; the seeds of further completions, s
 
 # SamplingParams attribute, its neutral values, and what a user can do instead
 UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("min_p", (0, 0.0), "use top_p or top_k"),
     ("prompt_logprob_token_ids", (), "leave it out"),
     ("thinking_token_budget", (None,), "leave it out"),
     ("watermarking", (None, False), "leave it out"),
@@ -85,11 +86,13 @@ def check_sampling_params(sampling_params: SamplingParams, settings: EngineSetti
     """Raise ValueError for a sampling parameter or an extra that a diffusion model cannot honour."""
     seed = sampling_params.seed
     if seed is not None and not (type(seed) is int and -SEED_LIMIT <= seed < SEED_LIMIT):
-        raise ValueError(f"seed must be an integer of at most 64 bits, got {seed!r}; leave it out for a random one")
+        raise ValueError(
+            f"seed must be an integer of at most 64 bits, got {shown(seed)}; leave it out for a random one"
+        )
     for name, neutral, remedy in UNSUPPORTED:
         value = getattr(sampling_params, name, None)
         if value is not None and value not in neutral:
-            raise ValueError(f"{name} is not supported with diffusion language models, got {value!r}; {remedy}")
+            raise ValueError(f"{name} is not supported with diffusion language models, got {shown(value)}; {remedy}")
     if is_step_of_beam_search(sampling_params):
         raise ValueError(
             "beam search is not supported with diffusion language models: a beam grows from left to right, one token a "
@@ -99,8 +102,8 @@ def check_sampling_params(sampling_params: SamplingParams, settings: EngineSetti
     extras, max_tokens = sampling_params.extra_args, sampling_params.max_tokens
     if sampling_params.structured_outputs is not None and isinstance(extras, dict) and extras.get("diffusion_template"):
         raise ValueError(
-            f"structured_outputs and diffusion_template={extras['diffusion_template']!r:.80} exclude each other: a grammar takes "
-            "tokens from the first one on, and a template pins later ones; leave one of them out"
+            f"structured_outputs and diffusion_template={shown(extras['diffusion_template'])} exclude each other: a grammar "
+            "takes tokens from the first one on, and a template pins later ones; leave one of them out"
         )
     check_request(extras, max_tokens, settings.vocab_size, settings.max_model_len, settings.defaults)
     check_likelihood(sampling_params, settings)
@@ -109,7 +112,7 @@ def check_sampling_params(sampling_params: SamplingParams, settings: EngineSetti
     except Exception as error:
         raise ValueError(
             f"sampling parameters must be what the engine's process can read: {str(error).rstrip('.')}, with "
-            f"extra_args={extras!r:.200}; make them anew, of plain Python values"
+            f"extra_args={shown(extras)}; make them anew, of plain Python values"
         ) from error
 
 
@@ -126,7 +129,7 @@ def check_likelihood(sampling_params: SamplingParams, settings: EngineSettings) 
         )
     if params.cfg_scale > 0:
         raise ValueError(
-            f"prompt_logprobs are without guidance, got diffusion_cfg_scale={params.cfg_scale!r}; set it to 0.0, or leave "
+            f"prompt_logprobs are without guidance, got diffusion_cfg_scale={shown(params.cfg_scale)}; set it to 0.0, or leave "
             "prompt_logprobs out"
         )
     if params.likelihood_samples and asked != 0:
@@ -161,9 +164,9 @@ def check_fields(sampling_params: SamplingParams) -> None:
             right = False
         if not right:
             remedy = "value.item(), not NumPy's" if hasattr(value, "item") else "a plain Python value of that type"
-            raise ValueError(f"{name} must be {kind}, got {value!r}; give {remedy}")
+            raise ValueError(f"{name} must be {kind}, got {shown(value)}; give {remedy}")
         if kind == "float" and not abs(value) <= MOST:  # a device holds it as float32
-            raise ValueError(f"{name} must be a finite number of at most {MOST}, got {value!r}; leave it out")
+            raise ValueError(f"{name} must be a finite number of at most {MOST}, got {shown(value)}; leave it out")
 
 
 _READERS = {

@@ -9,8 +9,10 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from dllm_plugin.admission import UNSUPPORTED, DiffusionAdmission, admission_for
+from dllm_plugin.extras import check_token_ids, engine_settings, parse_engine_defaults
 from dllm_plugin.families import family_of
-from dllm_plugin.params import BLOCK, DiffusionParams, check_token_ids, engine_settings, parse_engine_defaults
+from dllm_plugin.messages import shown
+from dllm_plugin.params import BLOCK, DiffusionParams
 from dllm_plugin.plugin import TOKENIZER_MODE
 from dllm_plugin.settings import EngineSettings, model_config_of
 
@@ -139,7 +141,7 @@ def refuse_what_does_not_fit(vllm_config: "VllmConfig") -> None:
         "instead": stages > 1,
         "context parallelism is not supported; leave --decode-context-parallel-size and --prefill-context-parallel-size "
         "at 1": parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
-        f"the KV cache keeps the model's dtype, got kv_cache_dtype={cache.cache_dtype!r}; remove --kv-cache-dtype": (
+        f"the KV cache keeps the model's dtype, got kv_cache_dtype={shown(cache.cache_dtype)}; remove --kv-cache-dtype": (
             cache.cache_dtype != "auto"
         ),
         "prefix caching assumes causal attention: under full attention no prefix of a sequence stands for itself; remove "
@@ -148,13 +150,13 @@ def refuse_what_does_not_fit(vllm_config: "VllmConfig") -> None:
             vllm_config.kv_transfer_config is not None
         ),
         "KV offloading assumes causal attention; remove --kv-offloading-size": cache.kv_offloading_size is not None,
-        f"a diffusion model generates text, got runner={model.runner_type!r}; remove --runner": (
+        f"a diffusion model generates text, got runner={shown(model.runner_type)}; remove --runner": (
             model.runner_type != "generate"
         ),
         f"expert parallelism is among the ranks of one engine, got data_parallel_size={engines}, and engines share nothing; "
         "remove --enable-expert-parallel or --data-parallel-size": parallel.enable_expert_parallel and engines > 1,
         "experts are never moved from rank to rank; remove --enable-eplb": parallel.enable_eplb,
-        f"experts follow each other on a rank, got expert_placement_strategy={placement!r}; remove "
+        f"experts follow each other on a rank, got expert_placement_strategy={shown(placement)}; remove "
         "--expert-placement-strategy": placement != "linear",
         "prompts are token ids, whose masks and positions the canvas keeps; remove --enable-prompt-embeds": (
             model.enable_prompt_embeds
@@ -162,10 +164,10 @@ def refuse_what_does_not_fit(vllm_config: "VllmConfig") -> None:
         f"logits processors assume left-to-right generation, got {model.logits_processors}; remove --logits-processors": (
             not all(known)
         ),
-        f"{model.architecture} is served by {WORKER}, got worker_cls={parallel.worker_cls!r}; remove --worker-cls": (
+        f"{model.architecture} is served by {WORKER}, got worker_cls={shown(parallel.worker_cls)}; remove --worker-cls": (
             parallel.worker_cls not in ("auto", WORKER)
         ),
-        f"{model.architecture} is scheduled by {SCHEDULER}, got scheduler_cls={scheduler.scheduler_cls!r}; remove "
+        f"{model.architecture} is scheduled by {SCHEDULER}, got scheduler_cls={shown(scheduler.scheduler_cls)}; remove "
         "--scheduler-cls": scheduler.scheduler_cls not in (None, SCHEDULER),
         f"a diffusion model has no prefill to hold back, got prefill_schedule_interval={held_back}; remove "
         "--prefill-schedule-interval": held_back > 1,
@@ -262,7 +264,7 @@ def select_sampling_defaults(model: ModelConfig) -> None:
         if overrides.get(name) not in (*neutral, None):
             raise ValueError(
                 f"dllm_plugin: {name} is not supported with diffusion language models, got override_generation_config "
-                f"with {name}={overrides[name]!r}; remove it ({remedy})"
+                f"with {name}={shown(overrides[name])}; remove it ({remedy})"
             )
         if published.get(name) not in (*neutral, None):
             logger.warning("Ignoring %s=%r of generation_config.json: %s.", name, published[name], remedy)

@@ -1,18 +1,30 @@
-"""The last check of a request in vLLM's front end, where its prompt and its parameters are first together."""
+"""The last check of a request in vLLM's front end, where its prompt and its parameters are first together.
+
+And what the log of a server says of a request that is refused.
+"""
 
 import functools
+import logging
 from dataclasses import replace
 from typing import Any
 
+from vllm.exceptions import VLLMClientError
 from vllm.tokenizers import TokenizerLike
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
 from dllm_plugin.admission import DiffusionParameterError
-from dllm_plugin.params import PREFIX, check_token_ids, parse_request
+from dllm_plugin.extras import check_token_ids, parse_request
+from dllm_plugin.messages import shown
+from dllm_plugin.params import PREFIX
 from dllm_plugin.settings import EngineSettings
 
 LONGEST_TEXT = 32 << 10  # bytes that are tokenized at once: some 30 ms, in which a server does nothing else
+# modules of vLLM that write a traceback for whatever ends a stream
+STREAMS = tuple(
+    f"vllm.entrypoints.{name}.serving"
+    for name in ("openai.completion", "openai.chat_completion", "scale_out.token_in_token_out")
+)
 
 
 @functools.cache
@@ -35,6 +47,17 @@ def complete_requests() -> None:
         return request
 
     InputProcessor.process_inputs = process_and_complete  # type: ignore[method-assign]  # that is the seam
+    for name in STREAMS:
+        logging.getLogger(name).addFilter(in_one_line)
+
+
+def in_one_line(record: logging.LogRecord) -> bool:
+    """Leave the traceback out where the error is a client's mistake, and say the mistake."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, VLLMClientError):
+        record.msg, record.args = f"{record.getMessage()} {' '.join(str(error).split())}", ()
+        record.exc_info, record.levelno, record.levelname = None, logging.WARNING, "WARNING"
+    return True
 
 
 def complete(
@@ -46,12 +69,12 @@ def complete(
     if request.resumable:
         raise ValueError("a session of streamed prompts is not supported; send one prompt a request")
     if type(request.priority) is not int:  # an engine process could not read it, nor a queue compare it
-        raise ValueError(f"priority must be an integer, got {request.priority!r}; leave it out")
+        raise ValueError(f"priority must be an integer, got {shown(request.priority)}; leave it out")
     sampling, prompt = request.sampling_params, request.prompt_token_ids
     assert sampling is not None and sampling.max_tokens is not None and prompt is not None  # vLLM has filled them in
     if sampling.bad_words and tokenizer is None:
         raise ValueError(
-            f"bad_words need a tokenizer, got {sampling.bad_words!r:.80}, and skip_tokenizer_init is set; leave one of them "
+            f"bad_words need a tokenizer, got {shown(sampling.bad_words)}, and skip_tokenizer_init is set; leave one of them "
             "out, or give logit_bias for single tokens"
         )
     if not sampling.skip_special_tokens and settings.turn_end_token_id >= 0:

@@ -5,13 +5,12 @@ engine-wide default is given without the prefix, ``--additional-config '{"diffus
 only.
 """
 
-import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from dllm_plugin.messages import shown
 from dllm_plugin.policies import POLICIES
 
 PREFIX = "diffusion_"
@@ -180,7 +179,7 @@ class DiffusionParams:
     confidence: str | None = _parameter(
         Rule(str, choices=("plain", "tempered", "filtered")),
         None,
-        "what probabilities are of: plain logits, those divided by the temperature, or what top_k and top_p leave of these; "
+        "what probabilities are of: plain logits, those divided by the temperature, or what min_p, top_k and top_p leave; "
         "default: as the family's decoder has it, for block tempered",
     )
     d2f_add_threshold: float = _parameter(
@@ -216,12 +215,11 @@ class DiffusionParams:
 PARAMETERS = {each.name: each for each in fields(DiffusionParams)}
 RULES: dict[str, Rule] = {name: each.metadata["rule"] for name, each in PARAMETERS.items()}
 DESCRIPTIONS: dict[str, str] = {name: each.metadata["text"] for name, each in PARAMETERS.items()}
-_KEYS = [PREFIX + name for name in RULES]
-_NEUTRAL = DiffusionParams()
+NEUTRAL = DiffusionParams()
 
 
 def _is_set(values: Mapping[str, Any], name: str) -> bool:
-    return values[name] != getattr(_NEUTRAL, name)
+    return values[name] != getattr(NEUTRAL, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +243,7 @@ class Conflict:
         return first_clashes and second_clashes
 
     def second_instead(self, values: Mapping[str, Any]) -> Any:
-        return self.instead(values[self.second]) if self.instead else getattr(_NEUTRAL, self.second)
+        return self.instead(values[self.second]) if self.instead else getattr(NEUTRAL, self.second)
 
 
 BLOCK = "block"  # the strategy of families under block-causal attention, which have no other
@@ -331,19 +329,20 @@ def resolve(base: DiffusionParams, given: Mapping[str, Any], label: str) -> Diff
         if conflict.first in given and conflict.second in given:
             _refuse(asked, given, conflict.first, conflict.second, conflict.reason, label)
         if conflict.second in given:
-            values[conflict.first] = getattr(_NEUTRAL, conflict.first)
+            values[conflict.first] = getattr(NEUTRAL, conflict.first)
         else:
             values[conflict.second] = conflict.second_instead(values)
     if (values["strategy"] == BLOCK) != (base.strategy == BLOCK):
         of_block = [name for name in ("strategy", "preset", *_OF_BLOCK) if name in given]
+        got = ", ".join(f"{label}{name}={shown(given[name])}" for name in of_block)
         raise ValueError(
             f"{label}strategy must be 'block' for a model trained under block-causal attention, and for no other: this model's "
-            f"is {base.strategy!r}, got {', '.join(f'{label}{name}={given[name]!r}' for name in of_block)}; leave it out"
+            f"is {shown(base.strategy)}, got {got}; leave it out"
         )
     template = given.get("template")
     if template and HOLE not in template:
         raise ValueError(
-            f"{label}template has no hole, got {template!r:.80}: put {HOLE} where a token is wanted, or ask for no generation"
+            f"{label}template has no hole, got {shown(template)}: put {HOLE} where a token is wanted, or ask for no generation"
         )
     if template and given.get("canvas_length", len(template)) != len(template):
         _refuse(asked, given, "template", "canvas_length", "the template is the canvas", label)
@@ -357,141 +356,10 @@ def _refuse(
     words, remedy = [], "leave one of them out"
     for name in (first, second):
         if name in asked or name not in given:
-            words.append(f"{label}{name}={given[name]!r}")
+            words.append(f"{label}{name}={shown(given[name])}")
         elif name == "strategy":
-            words.append(f"this model's strategy {given[name]!r}")
+            words.append(f"this model's strategy {shown(given[name])}")
             remedy = f"leave {label}{second} out"
         else:
-            words.append(f"{label}preset={given['preset']!r}, which has {name} {given[name]!r},")
+            words.append(f"{label}preset={shown(given['preset'])}, which has {name} {shown(given[name])},")
     raise ValueError(f"{' and '.join(words)} exclude each other: {reason}; {remedy}")
-
-
-def engine_settings(additional_config: Any) -> Any:
-    """What of vLLM's ``additional_config`` is meant for us. Other plugins' keys are left alone, near misses refused."""
-    if not isinstance(additional_config, Mapping):
-        return {}
-    for key, value in additional_config.items():
-        ours = key in RULES and not isinstance(value, Mapping)
-        if key != "diffusion" and (ours or key.startswith(PREFIX) or _nearest(key, ["diffusion"], cutoff=0.8)):
-            raise ValueError(
-                f'--additional-config has an unknown key {key!r}; engine-wide defaults go into {{"diffusion": {{...}}}}, '
-                "without prefix"
-            )
-    return additional_config.get("diffusion", {})
-
-
-def check_token_ids(params: DiffusionParams, vocab_size: int, label: str) -> None:
-    """Raise ValueError where suffix or template hold what is no token of the model."""
-    for name in ("suffix", "template"):
-        ids = getattr(params, name)
-        if ids and not isinstance(ids, str) and max(ids) >= vocab_size:
-            raise ValueError(
-                f"{label}{name} must hold token ids below the vocabulary's size {vocab_size}, got {max(ids)}; take the "
-                "ids from the model's own tokenizer"
-            )
-
-
-def parse_engine_defaults(settings: Any, base: DiffusionParams) -> DiffusionParams:
-    """``base`` with the engine-wide ``settings`` (``{"steps": 64}``) applied. Raises ValueError for a wrong one."""
-    where = '--additional-config {"diffusion": ...}'
-    if not isinstance(settings, Mapping):
-        raise ValueError(f"{where} must be a mapping of parameter names to values, got {settings!r}")
-    for name, value in settings.items():
-        if name not in RULES:
-            raise ValueError(f"{where} has an unknown parameter {name!r}{_nearest(name, RULES)}")
-        _check(f"{where} {name}", name, value)
-    return resolve(base, settings, label=f"{where} ")
-
-
-def parse_request(extra_args: Mapping[str, Any] | None, defaults: DiffusionParams) -> DiffusionParams:
-    """The parameters of a request: ``defaults`` with its ``diffusion_*`` extras applied.
-
-    A default that contradicts an extra gives way to it. Raises ValueError for a wrong extra, or two that exclude each other.
-    """
-    return resolve(defaults, _given(extra_args), label=PREFIX)
-
-
-def check_request(
-    extra_args: Mapping[str, Any] | None,
-    max_tokens: int | None,
-    vocab_size: int,
-    max_model_len: int,
-    defaults: DiffusionParams = _NEUTRAL,
-) -> None:
-    """Raise ValueError where a request's extras are wrong in themselves, for the model, or cannot hold together."""
-    given = _given(extra_args, longest=max_model_len)
-    params = resolve(defaults, given, label=PREFIX)
-    if params.template and max_tokens is not None and len(params.template) > max_tokens:
-        raise ValueError(
-            f"max_tokens must hold the whole diffusion_template, which has {len(params.template)} positions, got "
-            f"{max_tokens}; raise max_tokens"
-        )
-    check_token_ids(params, vocab_size, label=PREFIX)
-    steps_are_used = params.threshold is None and params.factor is None and params.strategy == "full"
-    steps, block_length = given.get("steps"), given.get("block_length")
-    if not steps_are_used or steps is None or block_length is None:
-        return  # a default of too few is raised to one a block
-    canvas = len(params.template) or min(params.canvas_length, max_tokens or params.canvas_length)
-    if canvas >= max_model_len:
-        return  # the prompt decides how long it is
-    blocks = math.ceil(canvas / block_length)
-    if steps < blocks:
-        raise ValueError(
-            f"diffusion_steps must be at least the number of blocks, one step a block: {steps} steps cannot "
-            f"unmask {blocks} blocks of {block_length} positions (canvas of {canvas}); raise diffusion_steps "
-            f"to {blocks} or diffusion_block_length to {math.ceil(canvas / steps)}"
-        )
-
-
-def _given(extra_args: Mapping[str, Any] | None, longest: int = MOST) -> dict[str, Any]:
-    """The extras meant for us, without prefix. Extras that are someone else's are left alone.
-
-    ``longest``: token ids that a list may hold.
-    """
-    given: dict[str, Any] = {}
-    if not isinstance(extra_args, Mapping | None) or not all(isinstance(key, str) for key in extra_args or ()):
-        raise ValueError(
-            f"extra_args must be a mapping of parameter names to values, got {extra_args!r}; give it as "
-            '{"diffusion_steps": 64}'
-        )
-    for key, value in (extra_args or {}).items():
-        name = key.removeprefix(PREFIX)
-        if key.startswith(PREFIX) and name in RULES:
-            if isinstance(value, list | tuple) and len(value) > longest:
-                raise ValueError(f"{key} must fit max_model_len {longest}, got {len(value)} token ids; shorten it")
-            _check(key, name, value)
-            given[name] = value
-        elif key.lower().startswith("diffusion") or _nearest(key, [*RULES, *_KEYS], cutoff=0.85):
-            raise ValueError(f"unknown diffusion parameter {key!r}{_nearest(key, _KEYS)}; known: {', '.join(_KEYS)}")
-    return given
-
-
-def _check(label: str, name: str, value: Any) -> None:
-    if not RULES[name].accepts(value):
-        raise ValueError(f"{label} must be {RULES[name]}, got {value!r}; {_remedy(name, value)}")
-
-
-def _remedy(name: str, value: Any) -> str:
-    """How to put right a value that a rule does not accept: the common slips, else leaving it out."""
-    rule = RULES[name]
-    number = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, str) and rule.kind in (int, float):
-        with suppress(ValueError):
-            number = float(value)
-    if isinstance(number, float) and rule.kind is int and number.is_integer():
-        number = int(number)
-    if rule.accepts(number):
-        slip = "without quotes" if isinstance(value, str) else "not NumPy's"
-        return f"write {number!r}, {'without a fraction' if type(value) is float else slip}"
-    if isinstance(value, str) and rule.choices and (near := _nearest(value, rule.choices, cutoff=0.6)):
-        return f"take one of them{near}"
-    if type(number) in (int, float) and number > MOST == rule.high:
-        return f"nothing is above {MOST}"
-    default = getattr(_NEUTRAL, name)
-    return "leave it out" if default in (None, ()) else f"leave it out for the default {default!r}"
-
-
-def _nearest(name: str, known: Iterable[str], cutoff: float = 0.0) -> str:
-    """`` (did you mean 'x'?)`` for the nearest known name; empty where none is as near as ``cutoff``."""
-    match = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=cutoff)
-    return f" (did you mean {match[0]!r}?)" if match else ""

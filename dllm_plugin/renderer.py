@@ -9,6 +9,7 @@ from typing import Any
 from vllm.renderers.hf import HfRenderer
 
 from dllm_plugin.admission import DiffusionParameterError
+from dllm_plugin.messages import shown
 
 
 class DiffusionRenderer(HfRenderer):
@@ -28,19 +29,19 @@ def check_prompt(prompt: Mapping[str, Any], vocab_size: int) -> None:
     token_ids, salt = prompt.get("prompt_token_ids", []), prompt.get("cache_salt")
     if not isinstance(token_ids, list):
         raise DiffusionParameterError(
-            f"prompt_token_ids must be a list of integers, got {token_ids!r:.80} of type {type(token_ids).__name__}; "
+            f"prompt_token_ids must be a list of integers, got {shown(token_ids)} of type {type(token_ids).__name__}; "
             "write list(...), or array.tolist() for an array"
         )
     # a bool is an int to Python, and none to the engine's process
     if wrong := [token for token in token_ids if type(token) is not int]:
         raise DiffusionParameterError(
-            f"prompt_token_ids must be a list of integers, got {wrong[0]!r:.80} in it; write int(...), for a NumPy array "
+            f"prompt_token_ids must be a list of integers, got {shown(wrong[0])} in it; write int(...), for a NumPy array "
             "array.tolist(), and give each prompt of several its own dict"
         )
     if outside := [token for token in token_ids if not 0 <= token < vocab_size]:
         raise DiffusionParameterError(
-            f"prompt_token_ids must be at least 0 and below the vocabulary's size {vocab_size}, got {outside[0]}; take "
+            f"prompt_token_ids must be at least 0 and below the vocabulary's size {vocab_size}, got {shown(outside[0])}; take "
             "the ids from the model's own tokenizer"
         )
     if not isinstance(salt, str | None):
-        raise DiffusionParameterError(f"cache_salt must be a text, got {salt!r:.80}; leave it out")
+        raise DiffusionParameterError(f"cache_salt must be a text, got {shown(salt)}; leave it out")

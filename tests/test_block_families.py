@@ -74,6 +74,7 @@ SAMPLINGS = (
     {"temperature": 0.6, "top_p": 0.9},
     {"temperature": 1.2, "top_p": 0.6, "top_k": 9},
     {"temperature": 0.9, "top_k": 1},
+    {"temperature": 0.8, "min_p": 0.2, "top_p": 0.8},
 )
 DRAWN = [
     case
@@ -415,7 +416,13 @@ requests = st.builds(
         ]
     ),
     st.sampled_from(
-        [{}, {}, {"temperature": 0.8}, {"temperature": 0.5, "top_k": 9}, {"temperature": 1.0, "top_p": 0.7}]
+        [
+            {},
+            {},
+            {"temperature": 0.8},
+            {"temperature": 0.5, "top_k": 9},
+            {"temperature": 1.0, "top_p": 0.7, "min_p": 0.01},
+        ]
     ),
     st.booleans(),
     st.integers(-(2**63), 2**63 - 1),

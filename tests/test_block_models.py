@@ -246,7 +246,7 @@ def test_a_missing_key_of_stable_diffcoder_stops_the_start():
 
 OTHER_STRUCTURES = [
     ("sdar", {"attention_bias": True}),
-    ("sdar", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+    ("sdar", {"rope_scaling": {"factor": 4.0, "rope_type": "yarn"}}),
     ("sdar-moe", {"mlp_only_layers": [0]}),
     ("sdar-moe", {"decoder_sparse_step": 2}),
     ("llada2", {"norm_head": True}),
@@ -273,8 +273,8 @@ def test_other_structures_are_refused(writer, change):
 
 
 WRONG_VALUES = [
-    ("sdar", {"block_size": 0}, "block_length must be a positive integer, got 0"),
-    ("fast-dllm-v2", {"bd_size": "x"}, "block_length must be a positive integer, got 'x'"),
+    ("sdar", {"block_size": 0}, "block_size must be a positive integer, got 0"),
+    ("fast-dllm-v2", {"bd_size": "x"}, "bd_size must be a positive integer, got 'x'"),
     ("sdar-moe", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 is above num_experts 8"),
     ("sdar-moe", {"moe_intermediate_size": None}, "moe_intermediate_size must be a positive integer, got None"),
     ("llada2", {"n_group": 3}, "n_group must cut the 8 experts into equal groups"),
@@ -289,9 +289,8 @@ WRONG_VALUES = [
 def test_wrong_values_are_refused(writer, change, message):
     path = written(writer, f"value-{writer}")
     edit_config(path, **change)
-    config = config_class(writer).from_pretrained(path)
     with pytest.raises(ValueError) as error:
-        config.check()
+        config_class(writer).from_pretrained(path).check()
     assert message in str(error.value)
 
 

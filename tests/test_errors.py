@@ -4,6 +4,7 @@ An error names the rule, the value and a remedy. Requests are refused at admissi
 """
 
 import json
+import math
 import pickle
 import re
 from dataclasses import replace
@@ -18,6 +19,7 @@ from support.checkpoints import edit_config, folder, write_checkpoint
 from support.engines import core, drive, engine, model_runner, new_engine, num_forwards, scheduler
 from transformers import AutoConfig
 from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.request import Request, RequestStatus
 
@@ -84,7 +86,6 @@ def test_wrong_extras(extras, max_tokens, message):
 
 # Every row of the table, with a value that is not neutral.
 UNSUPPORTED = {
-    "min_p": 0.1,
     "prompt_logprob_token_ids": [[1, 2]],
     "thinking_token_budget": 4,
     "watermarking": True,
@@ -106,7 +107,7 @@ def test_unsupported_sampling_parameters(name):
     assert str(error.value).endswith(remedy)
 
 
-@pytest.mark.parametrize("name", ["min_p", "thinking_token_budget"])
+@pytest.mark.parametrize("name", ["watermarking", "thinking_token_budget"])
 def test_unsupported_sampling_parameters_in_the_engine(name):
     llm = engine("llada")
     params = SamplingParams(temperature=1.0, max_tokens=8, **{name: UNSUPPORTED[name]})
@@ -119,7 +120,6 @@ def test_unsupported_sampling_parameters_in_the_engine(name):
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("min_p", 0.0),
         ("presence_penalty", 0),
         ("repetition_penalty", 1.0),
         ("min_tokens", 0),
@@ -152,7 +152,7 @@ def test_likelihoods_that_are_not_told(prompt_logprobs, extras, message):
 def test_every_sampling_parameter_of_vllm_is_known():
     """What vLLM lets a request ask for is served, refused, or has no bearing; nothing is dropped without a word."""
     served = {
-        "temperature", "top_p", "top_k", "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "detokenize",
+        "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "detokenize",
         "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output", "output_kind", "n",
         "stream_interval", "repetition_detection", "extra_args", "presence_penalty", "frequency_penalty",
         "repetition_penalty", "min_tokens", "logit_bias", "allowed_token_ids", "bad_words", "logprobs", "logprob_token_ids",
@@ -557,8 +557,6 @@ def test_token_budget_holds_a_sequence(budget, fits):
 
 
 def test_vllms_own_default_token_budget_is_raised():
-    from vllm.engine.arg_utils import EngineArgs
-
     for budget in EngineArgs.get_batch_defaults(1)[0].values():
         vllm_config = config(
             scheduler_config__max_num_batched_tokens=budget, model_config__max_model_len=budget + 1
@@ -671,7 +669,7 @@ def test_config_without_a_structural_key(broken, family, key):
         ("llada", {"scale_logits": True}),
         ("dream", {"hidden_act": "gelu"}),
         ("dream", {"use_sliding_window": True}),
-        ("dream", {"rope_scaling": {"type": "yarn", "factor": 4.0}}),
+        ("dream", {"rope_scaling": {"factor": 4.0, "type": "yarn"}}),  # as a message shows it: keys in order
     ],
     ids=str,
 )
@@ -682,6 +680,36 @@ def test_config_of_another_structure(broken, family, change):
         AutoConfig.from_pretrained(folder)
     ((key, value),) = change.items()
     assert f"the config has {key}={value!r}" in str(error.value)
+
+
+KINDS = [  # a value of another kind, or with which no model can be built
+    ("llada", {"n_heads": "4"}, "n_heads must be a positive integer, got '4'"),
+    ("llada", {"d_model": True}, "d_model must be a positive integer, got True"),
+    ("llada", {"n_heads": 10**6}, "num_attention_heads must divide hidden_size 128, got 1000000"),
+    ("llada", {"n_heads": 0}, "n_heads must be a positive integer, got 0"),
+    ("llada", {"n_kv_heads": 3}, "num_key_value_heads must divide num_attention_heads 4, got 3"),
+    ("llada", {"embedding_size": "331"}, "embedding_size must be a positive integer, got '331'"),
+    ("llada", {"max_sequence_length": "64"}, "max_sequence_length must be a positive integer, got '64'"),
+    ("llada", {"weight_tying": "yes"}, "weight_tying must be true or false, got 'yes'"),
+    ("llada", {"rope_theta": math.inf}, "rope_theta must be a positive number, got inf"),
+    ("llada", {"architectures": None}, "config.json must name its architecture"),
+    ("llada", {"architectures": "LLaDAModelLM"}, "config.json must name its architecture"),
+    ("dream", {"head_dim": "32"}, "head_dim must be a positive integer, got '32'"),
+    ("dream", {"num_key_value_heads": 64}, "num_key_value_heads must divide num_attention_heads 4, got 64"),
+    ("sdar", {"block_size": "4"}, "block_size must be a positive integer, got '4'"),
+    ("llada2", {"num_shared_experts": -1}, "num_shared_experts must be an integer of at least 0, got -1"),
+    ("llada2", {"routed_scaling_factor": "2"}, "routed_scaling_factor must be a positive number, got '2'"),
+    ("llada2", {"partial_rotary_factor": "0.5"}, "partial_rotary_factor must be a positive number, got '0.5'"),
+]
+
+
+@pytest.mark.parametrize("family, change, message", KINDS, ids=str)
+def test_config_values_of_another_kind(family, change, message):
+    folder = write_checkpoint(family, f"kind-{family}")
+    edit_config(folder, **change)
+    with pytest.raises(Exception) as error:
+        EngineArgs(model=str(folder), skip_tokenizer_init=True, max_model_len=64).create_engine_config()
+    assert message in chain(error.value)
 
 
 @pytest.mark.parametrize(
@@ -697,7 +725,8 @@ def test_config_of_another_structure(broken, family, change):
         ("dream", {"mask_token_id": -1}, "mask_token_id must be one token id"),
         ("dream", {"rope_theta": "x"}, "rope_theta must be a positive number, got 'x'"),
         ("llada", {"rms_norm_eps": 0}, "rms_norm_eps must be a positive number, got 0"),
-        ("llada", {"embedding_size": 330}, "embedding_size must be an integer of at least vocab_size 331, got 330"),
+        ("llada", {"embedding_size": 330}, "embedding_size must be at least vocab_size 331, got 330"),
+        ("llada", {"hidden_size": "128"}, "d_model must be a positive integer, got '128'"),
         ("llada", {"activation_type": "gelu"}, "activation_type='gelu'"),
         ("dream", {"use_sliding_window": True}, "use_sliding_window=True"),
         (
@@ -759,7 +788,7 @@ TENSORS = {
 }
 
 
-@pytest.mark.parametrize("fault", ["missing", "surplus", "shape", "shape-of-rows"])
+@pytest.mark.parametrize("fault", ["missing", "surplus", "shape", "shape-of-rows", "integers"])
 @pytest.mark.parametrize("family, name", [(family, name) for family, names in TENSORS.items() for name in names])
 def test_checkpoint_tensors(broken, family, name, fault):
     """Loaded for real; the error names the tensor."""
@@ -773,6 +802,8 @@ def test_checkpoint_tensors(broken, family, name, fault):
         tensors[culprit] = torch.zeros(3)
     elif fault == "shape":
         tensors[name] = torch.cat((tensors[name], tensors[name]))
+    elif fault == "integers":
+        tensors[name] = (127 * tensors[name]).to(torch.int8)
     else:
         tensors[name] = tensors[name][:-1].clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -7,15 +7,9 @@ from reference.block_models import LLaDA2, SDARMoe
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
 
+from dllm_plugin.kernels.route import GroupedSigmoidRouting, SoftmaxRouting, route
 from dllm_plugin.models import experts as module
-from dllm_plugin.models.experts import (
-    Experts,
-    ExpertsShape,
-    GroupedSigmoidRouting,
-    SoftmaxRouting,
-    run_all,
-    run_each,
-)
+from dllm_plugin.models.experts import Experts, ExpertsShape, run_all, run_each
 
 HIDDEN, EXPERTS, WIDTH = 64, 16, 24
 
@@ -45,8 +39,8 @@ def test_softmax_routing(kind, normalized, top_k):
     logits = scores(kind)
     config = {"num_experts_per_tok": top_k, "norm_topk_prob": normalized}
     want_weights, want = Published(SDARMoe, config, logits).model.softmax_mixture("", logits)
-    weights, chosen = SoftmaxRouting(top_k, normalized).choose(logits, None)
-    assert torch.equal(chosen, want) and torch.equal(weights, want_weights)
+    weights, chosen = route(logits, None, SoftmaxRouting(top_k, normalized))
+    assert torch.equal(chosen, want.int()) and torch.equal(weights, want_weights)
 
 
 @pytest.mark.parametrize("groups, kept, top_k", [(4, 2, 3), (8, 4, 8), (1, 1, 4), (2, 2, EXPERTS), (4, 1, 1)])
@@ -56,15 +50,15 @@ def test_grouped_sigmoid_routing(kind, groups, kept, top_k):
     bias = torch.randn(EXPERTS) * 0.2 if kind == "random" else torch.randint(0, 2, (EXPERTS,)) / 8
     config = {"num_experts_per_tok": top_k, "n_group": groups, "topk_group": kept, "routed_scaling_factor": 2.5}
     want_weights, want = Published(LLaDA2, config, logits, bias).model.route("", logits)
-    weights, chosen = GroupedSigmoidRouting(top_k, groups, kept, 2.5).choose(logits, bias)
-    assert torch.equal(chosen, want) and torch.equal(weights, want_weights)
+    weights, chosen = route(logits, bias, GroupedSigmoidRouting(top_k, groups, kept, 2.5))
+    assert torch.equal(chosen, want.int()) and torch.equal(weights, want_weights)
     if kind == "random" and groups == 4:
-        assert (GroupedSigmoidRouting(top_k, groups, kept, 2.5).choose(logits, -bias)[1] != chosen).any()
+        assert (route(logits, -bias, GroupedSigmoidRouting(top_k, groups, kept, 2.5))[1] != chosen).any()
 
 
 @pytest.mark.parametrize("routing", [SoftmaxRouting(3, False), GroupedSigmoidRouting(3, 4, 2, 1.0)], ids=str)
 def test_among_equals_the_lowest_is_chosen(routing):
-    _, chosen = routing.choose(torch.zeros(5, EXPERTS), torch.zeros(EXPERTS))
+    _, chosen = route(torch.zeros(5, EXPERTS), torch.zeros(EXPERTS) if routing.has_bias else None, routing)
     assert chosen.tolist() == [[0, 1, 2]] * 5
 
 
@@ -72,16 +66,16 @@ def test_the_bias_has_no_part_in_the_weights():
     logits = torch.zeros(1, EXPERTS)
     bias = torch.zeros(EXPERTS)
     bias[[9, 14]] = 5.0
-    weights, chosen = GroupedSigmoidRouting(2, 4, 2, 2.5).choose(logits, bias)
+    weights, chosen = route(logits, bias, GroupedSigmoidRouting(2, 4, 2, 2.5))
     assert chosen.tolist() == [[9, 14]] and weights.tolist() == [[1.25, 1.25]]
 
 
 def test_softmax_weights_are_rounded_and_sigmoid_weights_are_not():
     logits = scores("random").bfloat16()
-    weights, _ = SoftmaxRouting(2, True).choose(logits, None)
-    exact, _ = SoftmaxRouting(2, True).choose(logits.float(), None)
+    weights, _ = route(logits, None, SoftmaxRouting(2, True))
+    exact, _ = route(logits.float(), None, SoftmaxRouting(2, True))
     assert weights.dtype == torch.bfloat16 and torch.equal(weights, exact.bfloat16())
-    weights, _ = GroupedSigmoidRouting(2, 4, 2, 2.5).choose(logits.float(), torch.zeros(EXPERTS))
+    weights, _ = route(logits.float(), torch.zeros(EXPERTS), GroupedSigmoidRouting(2, 4, 2, 2.5))
     assert weights.dtype == torch.float32
 
 
@@ -93,7 +87,7 @@ def experts(dtype=torch.float32):
 
 def test_outputs_are_weighted_and_added_up():
     x, (gate_up, down) = torch.randn(40, HIDDEN), experts()
-    weights, chosen = SoftmaxRouting(3, True).choose(scores("random", 40), None)
+    weights, chosen = route(scores("random", 40), None, SoftmaxRouting(3, True))
     want = torch.zeros(40, HIDDEN, dtype=torch.float64)
     for token in range(40):
         for weight, expert in zip(weights[token].double(), chosen[token], strict=True):
@@ -105,21 +99,21 @@ def test_outputs_are_weighted_and_added_up():
 @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
 def test_sums_have_the_dtype_of_the_weights(weights_dtype):
     x, (gate_up, down) = torch.randn(8, HIDDEN).bfloat16(), experts(torch.bfloat16)
-    weights, chosen = SoftmaxRouting(3, True).choose(scores("random", 8), None)
+    weights, chosen = route(scores("random", 8), None, SoftmaxRouting(3, True))
     assert run_each(x, gate_up, down, weights.to(weights_dtype), chosen).dtype == weights_dtype
 
 
 def test_a_row_has_its_bits_alone_and_among_others():
     """Whether its expert has one row or many. That a product of few rows has other bits was seen on x86 with MKL."""
     x, (gate_up, down) = torch.randn(40, HIDDEN), experts()
-    weights, chosen = SoftmaxRouting(3, True).choose(scores("random", 40), None)
+    weights, chosen = route(scores("random", 40), None, SoftmaxRouting(3, True))
     together = run_each(x, gate_up, down, weights, chosen)
     for rows in ([0], [5, 6], [7, 30, 2], list(range(20)), [39]):
         assert torch.equal(run_each(x[rows], gate_up, down, weights[rows], chosen[rows]), together[rows])
 
 
 def test_no_tokens():
-    weights, chosen = SoftmaxRouting(3, True).choose(torch.zeros(0, EXPERTS), None)
+    weights, chosen = route(torch.zeros(0, EXPERTS), None, SoftmaxRouting(3, True))
     assert run_each(torch.zeros(0, HIDDEN), *experts(), weights, chosen).shape == (0, HIDDEN)
 
 
@@ -199,5 +193,5 @@ def test_no_expert_of_a_dropped_group_is_chosen():
     """Whatever the bias: among four groups of four, two are kept, whose experts may all be worth less than nothing."""
     bias = torch.full((EXPERTS,), -3.0)
     bias[[0, 1, 4, 5]] = -1.0
-    _, chosen = GroupedSigmoidRouting(6, 4, 2, 1.0).choose(torch.zeros(1, EXPERTS), bias)
+    _, chosen = route(torch.zeros(1, EXPERTS), bias, GroupedSigmoidRouting(6, 4, 2, 1.0))
     assert chosen.tolist() == [[0, 1, 4, 5, 2, 3]]

@@ -98,7 +98,7 @@ def test_a_graph_does_not_keep_the_pace_it_was_recorded_with(recording, rule):
     assert len(rerun.recorded) == 1 and rerun.num_replays > 0
 
 
-FILTERS = ({}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": 40, "top_p": 0.9})
+FILTERS = ({}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": 40, "top_p": 0.9, "min_p": 0.05})
 
 
 @pytest.mark.parametrize("filters", [({},) * 4, FILTERS], ids=["plain", "filtered"])

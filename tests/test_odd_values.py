@@ -54,6 +54,7 @@ PARAMETERS = {
     "temperature-changed-to-nan": (lambda: changed(temperature=float("nan")), "temperature must be a finite number"),
     "top_p-numpy": (lambda: SamplingParams(top_p=np.float64(0.5)), "top_p must be float, got np.float64(0.5)"),
     "top_p-changed": (lambda: changed(top_p=7), "top_p must be in (0, 1], got 7"),
+    "min_p-changed": (lambda: changed(min_p=1.5), "min_p must be in [0, 1], got 1.5"),
     "repetition_penalty-huge": (lambda: SamplingParams(repetition_penalty=2**63), "repetition_penalty must be a finite number"),
     "frequency_penalty-huge": (lambda: changed(frequency_penalty=-1e39), "frequency_penalty must be a finite number of at most"),
     "presence_penalty-nan": (lambda: changed(presence_penalty=float("nan")), "presence_penalty must be a finite number of at"),

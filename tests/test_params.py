@@ -10,23 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm_plugin import params
-from dllm_plugin.params import (
-    CONFLICTS,
-    PREFIX,
-    RULES,
-    DiffusionParams,
-    engine_settings,
-    parse_engine_defaults,
-    parse_request,
-)
+from dllm_plugin import extras as extras_
+from dllm_plugin.extras import engine_settings, parse_engine_defaults, parse_request
+from dllm_plugin.messages import shown
+from dllm_plugin.params import CONFLICTS, PREFIX, RULES, DiffusionParams
 from dllm_plugin.policies import POLICIES
 
 NEUTRAL = DiffusionParams()
 BLOCK = DiffusionParams(strategy="block", block_length=4)  # of a family under block-causal attention
 OF_BLOCK = ("block_steps", "sub_block_length", "entropy_bound", "edit_threshold", "preset")
 VOCABULARY, LONGEST = 1000, 2048  # of the model that requests are for
-check_request = partial(params.check_request, vocab_size=VOCABULARY, max_model_len=LONGEST)
+check_request = partial(extras_.check_request, vocab_size=VOCABULARY, max_model_len=LONGEST)
 NAN, INF = math.nan, math.inf
 
 # Values each parameter takes, and values it does not. The ranges are those of the documentation, written out again.
@@ -97,7 +91,7 @@ def test_refused(name, value):
     ):
         with pytest.raises(ValueError) as error:
             call()
-        assert str(error.value).startswith(f"{label} must be {RULES[name]}, got {value!r}; ")
+        assert str(error.value).startswith(f"{label} must be {RULES[name]}, got {shown(value)}; ")
 
 
 @pytest.mark.parametrize(
@@ -360,6 +354,23 @@ def test_other_peoples_extras_are_left_alone(key):
     assert parse_request({key: object(), "diffusion_steps": 3}, NEUTRAL) == DiffusionParams(steps=3)
 
 
+def test_however_many_extras_of_others_cost_next_to_nothing(monkeypatch):
+    """Only some that begin as one of ours does are compared with ours."""
+    compared = []
+    monkeypatch.setattr(extras_.difflib, "get_close_matches", lambda name, *args, **kwargs: compared.append(name) or [])
+    check_request({f"b{i}": i for i in range(50_000)} | {"z": 1, "diffusion_steps": 4}, 16)
+    assert len(compared) == extras_.MOST_COMPARED
+    compared.clear()
+    check_request({f"{i}": i for i in range(50_000)} | {"b" * 1_000_000: 1}, 16)
+    assert compared == []
+
+
+def test_a_long_unknown_key_is_cut():
+    with pytest.raises(ValueError, match=r"unknown diffusion parameter 'diffusion_x+\.\.\.x+'; known: ") as error:
+        check_request({"diffusion_" + "x" * 1_000_000: 1}, 16)
+    assert len(str(error.value)) < 1500
+
+
 @pytest.mark.parametrize("extras", [None, {}])
 def test_no_extras_are_the_defaults(extras):
     check_request(extras, None)
@@ -411,7 +422,7 @@ def test_a_canvas_that_only_the_prompt_ends():
     """64 blocks of 512 positions, which no sequence has beside a prompt: the plan raises steps that are too few."""
     extras = {"diffusion_steps": 63, "diffusion_block_length": 8}
     for max_tokens in (512, 1000, None):
-        params.check_request(extras, max_tokens, vocab_size=VOCABULARY, max_model_len=512)
+        extras_.check_request(extras, max_tokens, vocab_size=VOCABULARY, max_model_len=512)
 
 
 # ---- engine-wide defaults

@@ -297,6 +297,23 @@ def test_top_p_comes_before_top_k():
     torch.testing.assert_close(confidence, torch.tensor([0.5 / 0.8]))
 
 
+def test_min_p_keeps_what_has_its_share_of_the_likeliest():
+    logits = torch.tensor([[0.5, 0.25, 0.15, 0.06, 0.04]]).log()
+    kept = lambda min_p: (dream.min_p_filter(logits, min_p) > -1e30).tolist()[0]  # noqa: E731
+    assert kept(0.4) == [True, True, False, False, False]
+    assert kept(0.29) == [True, True, True, False, False]
+    assert kept(0.0) == [True] * 5 and kept(1.0) == [True, False, False, False, False]
+
+
+def test_min_p_comes_before_top_p():
+    # 0.5 of the 0.9 that min_p leaves passes 0.54 alone; of the whole row it needs the second
+    logits = torch.tensor([[0.5, 0.25, 0.15, 0.06, 0.04]]).log()
+    confidence, _ = dream.sample_tokens(logits, MASK, min_p=0.29, top_p=0.54)
+    torch.testing.assert_close(confidence, torch.tensor([1.0]))
+    confidence, _ = dream.sample_tokens(logits, MASK, top_p=0.54)
+    torch.testing.assert_close(confidence, torch.tensor([0.5 / 0.75]))
+
+
 def test_where_only_the_mask_survives_the_filters_the_best_other_token_is_taken():
     logits = torch.tensor([[0.1, 0.05, 0.15, 0.1, 0.6]]).log()
     noise = torch.zeros(1, 5, dtype=torch.float64)

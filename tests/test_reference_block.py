@@ -275,6 +275,13 @@ def test_confidences(confidence, temperature, expected):
     assert probability.item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_min_p_comes_before_top_k_and_top_p():
+    logits = torch.tensor([[0.5, 0.25, 0.15, 0.06, 0.04]]).log()
+    settings = {"min_p": 0.29, "confidence": "filtered"}
+    assert sample(logits, MASK, top_k=3, top_p=0.54, **settings)[0].item() == 1.0  # 0.5 / 0.9
+    assert sample(logits, MASK, top_k=4, top_p=0.57, **settings)[0].item() == pytest.approx(0.5 / 0.75)
+
+
 def test_top_k_comes_before_top_p():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.04, 0.01]]).log()
     probability, _, _ = sample(logits, MASK, top_k=2, top_p=0.6, confidence="filtered")

@@ -29,6 +29,7 @@ KINDS = {
     "sampled": ({"temperature": 0.8}, {}),
     "top_p": ({"temperature": 0.6, "top_p": 0.7}, {}),
     "top_k": ({"temperature": 1.3, "top_k": 5}, {}),
+    "min_p": ({"temperature": 0.9, "min_p": 0.2}, {}),
     "guided": ({}, {"cfg_scale": 1.5}),
     "guided_and_sampled": ({"temperature": 0.5}, {"cfg_scale": 0.5, "remasking": "entropy"}),
     "never_eos": ({}, {"eos_suppression": "logits"}),

@@ -26,6 +26,9 @@ CASES = [
     case
     for settings in (
         *({"policy": policy} for policy in POLICIES),
+        {"policy": "maskgit_plus", "min_p": 0.3},
+        {"policy": "entropy", "min_p": 0.1, "top_p": 0.8},
+        {"policy": "topk_margin", "min_p": 0.25, "top_k": 9},
         {"policy": "low_confidence", "block": 5, "steps": 9, "temperature": 1.5, "seed": -3},
         {"policy": "low_confidence", "canvas": 6, "prompt": 1, "seed": 0},
         {"policy": "low_confidence", "cfg": 1.0, "temperature": 0.3},
@@ -101,13 +104,14 @@ def test_equal_confidences_go_by_position(policy):
 
 
 def test_greedy_has_no_filters():
-    """vLLM resets top_p and top_k at temperature 0, where Dream's decoder would still let them change confidences."""
+    """vLLM resets top_p, top_k and min_p at temperature 0, where Dream's decoder would still let them change confidences."""
     case = PolicyCase("dream", "maskgit_plus", 16, prompt=7)
     prompt, plain = case.request
     filters = SamplingParams(
         temperature=0.0,
         top_p=0.7,
         top_k=4,
+        min_p=0.3,
         max_tokens=16,
         ignore_eos=True,
         detokenize=False,
@@ -200,9 +204,11 @@ NUM_DRAWS = 4000
 MIN_EXPECTED = 8  # ids that are expected less often are counted together
 
 
-def filtered(logits, temperature, top_p=1.0, top_k=0):
-    """Probabilities of softmax(logits / temperature) after top-p, then top-k; the mask is not chosen. float64."""
+def filtered(logits, temperature, top_p=1.0, top_k=0, min_p=0.0):
+    """Probabilities of softmax(logits / temperature) after min-p, top-p, then top-k; the mask is not chosen. float64."""
     probability = np.exp(logits / temperature - (logits / temperature).max())
+    probability /= probability.sum()
+    probability = np.where(probability < min_p * probability.max(), 0, probability)
     probability /= probability.sum()
     order = np.argsort(-probability, kind="stable")
     kept = np.ones(len(order), dtype=bool)
@@ -235,7 +241,9 @@ DISTRIBUTIONS = {
     "llada": {"policy": "low_confidence", "temperature": 1.0},
     "llada-cool": {"policy": "low_confidence", "temperature": 0.7},
     "llada-top-p": {"policy": "low_confidence", "temperature": 1.0, "top_p": 0.8},
+    "llada-min-p": {"policy": "low_confidence", "temperature": 1.0, "min_p": 0.04},
     "dream": {"policy": "entropy", "temperature": 1.0},
+    "dream-min-p-top-p": {"policy": "entropy", "temperature": 1.0, "min_p": 0.1, "top_p": 0.7},
     "dream-hot-top-p": {"policy": "maskgit_plus", "temperature": 1.3, "top_p": 0.7},
     "dream-top-k": {"policy": "topk_margin", "temperature": 0.9, "top_k": 12},
     "dream-top-p-top-k": {"policy": "origin", "temperature": 1.2, "top_p": 0.9, "top_k": 20},
@@ -263,7 +271,7 @@ def test_distribution_of_a_token(name):
     assert p_value(drawn, probability) > 1e-4
     # the test would notice a temperature that is a fifth off, and a filter left out
     assert p_value(drawn, filtered(logits, **settings | {"temperature": settings["temperature"] * 1.2})) < 1e-4
-    if set(settings) & {"top_p", "top_k"}:
+    if set(settings) & {"top_p", "top_k", "min_p"}:
         assert p_value(drawn, filtered(logits, settings["temperature"])) < 1e-4
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from openai import BadRequestError
+from openai import APIError, BadRequestError
 from reference.likelihood import full_chain
 from support.checkpoints import reference
 from support.engines import engine
@@ -144,7 +144,7 @@ def test_a_stop_string_ends_the_answer(llada: Server) -> None:
         ({"diffusion_steps": 2, "diffusion_block_length": 4}, {}, ["at least", "2", "raise diffusion_steps"]),
         ({"diffusion_suffix": [99999]}, {}, ["diffusion_suffix", "320", "99999", "tokenizer"]),
         ({"diffusion_template": [-1, 2**62]}, {}, ["diffusion_template", "320"]),
-        ({}, {"temperature": 1, "extra": {"min_p": 0.5}}, ["min_p", "not supported", "0.5", "use top_p"]),
+        ({}, {"temperature": 1, "extra": {"min_p": 1.5}}, ["min_p", "[0, 1]", "1.5"]),
         ({}, {"max_tokens": 0}, ["max_tokens", "0"]),
     ],
 )
@@ -205,6 +205,21 @@ def test_infilling(llada: Server) -> None:
     )
     ids = answer.choices[0].token_ids
     assert len(ids) == 5 and [ids[1], ids[2], ids[4]] == [65, 66, 67]
+
+
+@pytest.mark.parametrize("route", [chat, complete])
+@pytest.mark.parametrize("extras", [{"diffusion_steps": 0}, {"diffusion_suffix": [5] * 511}], ids=["value", "room"])
+def test_a_mistake_in_a_streamed_request_is_one_line_of_the_log(
+    llada: Server, route: Any, extras: dict[str, Any]
+) -> None:
+    before = len(llada.log.read_text())
+    with pytest.raises(APIError) as failure:
+        list(route(llada, extras=extras, stream=True))
+    assert int(failure.value.code) == 400 and next(iter(extras)) in failure.value.message
+    logged = llada.log.read_text()[before:].splitlines()
+    assert [line for line in logged if "Traceback" in line or '  File "' in line] == []
+    (told,) = [line for line in logged if next(iter(extras)) in line]
+    assert "WARNING" in told and failure.value.message in told
 
 
 @pytest.mark.parametrize("suffix", ["no more " * 100, [5] * 511, "no more " * 100_000], ids=["text", "ids", "huge"])

@@ -41,7 +41,7 @@ class StrategyCase(ReferenceCase):
     prompt: int
     extras: dict[str, Any] = field(hash=False)
     eos: bool = False
-    sampling: dict[str, Any] = field(default_factory=dict, hash=False)  # vLLM's own: temperature, top_p, top_k
+    sampling: dict[str, Any] = field(default_factory=dict, hash=False)  # vLLM's own: temperature, top_p, top_k, min_p
 
     @property
     def id(self) -> str:
@@ -297,6 +297,7 @@ SAMPLINGS = (
     {"temperature": 0.5, "top_p": 0.9},
     {"temperature": 0.7, "top_k": 6},
     {"temperature": 1.2, "top_p": 0.6, "top_k": 9},
+    {"temperature": 0.8, "min_p": 0.2, "top_p": 0.8},
     {"temperature": 0.9, "top_k": 1},  # every probability is 1, or of the mask, which is not chosen: 0
 )
 DRAWN = [

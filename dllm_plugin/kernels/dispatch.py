@@ -16,6 +16,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra import libdevice
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAS_TRITON = True
@@ -30,7 +31,7 @@ except ImportError:  # a CPU installation needs no Triton
         def __call__(self, function: object) -> object:
             return function
 
-    triton = tl = TensorDescriptor = _Absent()
+    triton = tl = libdevice = TensorDescriptor = _Absent()
     HAS_TRITON = False
 
 ENVIRONMENT = "DLLM_PLUGIN_KERNELS"

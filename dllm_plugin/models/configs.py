@@ -5,15 +5,28 @@ never a default: the defaults of the published classes are those of other models
 another model without a word.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
 from dllm_plugin.families import ARCHITECTURES, FAMILIES
+from dllm_plugin.messages import shown
+
+# What a structural key must be, in words, and whether a value is.
+Kind = tuple[str, Callable[[Any], bool]]
+SIZE: Kind = ("a positive integer", lambda value: is_integer(value) and value > 0)
+COUNT: Kind = ("an integer of at least 0", lambda value: is_integer(value) and value >= 0)
+RATE: Kind = ("a positive number", lambda value: type(value) in (int, float) and 0 < value < math.inf)
+TRUTH: Kind = ("true or false", lambda value: isinstance(value, bool))
 
 
 class DiffusionConfig(PretrainedConfig):
     """A config whose structural keys must be in config.json, and whose unsupported variants are refused.
+
+    A value of the wrong kind is refused where it is set, by config.json or by an override: transformers and vLLM compute with
+    it before ``check``.
 
     Token ids and the length of a block, ``block_length``, are those of the family where config.json has none. A class below
     it names an ``__init__``: transformers would write one in place of an inherited one, which reads no key.
@@ -23,15 +36,22 @@ class DiffusionConfig(PretrainedConfig):
     has_no_defaults_at_init = True
     required_keys: ClassVar[tuple[str, ...]] = ()
     supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    sizes: ClassVar[tuple[str, ...]] = (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "intermediate_size",
-        "vocab_size",
-        "max_position_embeddings",
-    )
+    kinds: ClassVar[dict[str, Kind]] = {
+        "hidden_size": SIZE,
+        "num_hidden_layers": SIZE,
+        "num_attention_heads": SIZE,
+        "num_key_value_heads": SIZE,
+        "intermediate_size": SIZE,
+        "vocab_size": SIZE,
+        "max_position_embeddings": SIZE,
+        "block_length": SIZE,
+        "head_dim": SIZE,
+        "rope_theta": RATE,
+        "rms_norm_eps": RATE,
+        "partial_rotary_factor": RATE,
+        "tie_word_embeddings": TRUTH,
+    }
+    optional: ClassVar[tuple[str, ...]] = ("block_length", "head_dim", "partial_rotary_factor")
 
     def __init__(self, **kwargs: Any) -> None:
         family = next(f for f in FAMILIES if f.config == f"{type(self).__module__}:{type(self).__name__}")
@@ -45,7 +65,7 @@ class DiffusionConfig(PretrainedConfig):
         required = (*self.required_keys, "mask_token_id", "eos_token_id")
         if missing := [key for key in required if key not in kwargs]:
             raise ValueError(
-                f"config.json of this {self.model_type!r} model lacks {', '.join(missing)}; no default can stand in "
+                f"config.json of this {shown(self.model_type)} model lacks {', '.join(missing)}; no default can stand in "
                 "for a structural key: take config.json from the published checkpoint"
             )
         self._refuse_other_structures({key: kwargs[key] for key in self.supported_values if key in kwargs})
@@ -53,11 +73,22 @@ class DiffusionConfig(PretrainedConfig):
         if self._rotation == self._plain_rotation:
             self.rope_parameters = None  # says nothing else, and would contradict an override of rope_theta
 
+    def __setattr__(self, key: str, value: Any) -> None:
+        if value is not None:  # null stands for a default in some keys
+            self._refuse_other_kind(key, value)
+        super().__setattr__(key, value)
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The config of the family that config.json names as its architecture: families share a ``model_type``."""
-        architecture = (config_dict.get("architectures") or [""])[0]
-        own: type[DiffusionConfig] = ARCHITECTURES[architecture].config_class if architecture in ARCHITECTURES else cls
+        named = config_dict.get("architectures")
+        architecture = named[0] if isinstance(named, list) and named else None
+        if architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"config.json must name its architecture, one of {', '.join(ARCHITECTURES)}, got architectures={shown(named)}; "
+                "take it from the published config.json"
+            )
+        own: type[DiffusionConfig] = ARCHITECTURES[architecture].config_class
         return super(DiffusionConfig, own).from_dict(config_dict, **kwargs)
 
     @property
@@ -92,20 +123,22 @@ class DiffusionConfig(PretrainedConfig):
         plain = self._plain_rotation
         if plain | self._rotation != plain:
             raise ValueError(
-                f"rope_parameters is {self._rotation!r}, and positions are rotated by rope_theta alone, which is "
-                f"{self.rope_theta!r}; set rope_theta, and leave rope_parameters and rope_scaling out"
+                f"rope_parameters is {shown(self._rotation)}, and positions are rotated by rope_theta alone, which is "
+                f"{shown(self.rope_theta)}; set rope_theta, and leave rope_parameters and rope_scaling out"
             )
-        for key in ("rope_theta", "rms_norm_eps"):
-            if not isinstance(value := getattr(self, key), int | float) or not value > 0:
-                raise ValueError(
-                    f"{key} must be a positive number, got {value!r}; take it from the published config.json"
-                )
-        blocks = ("block_length",) if hasattr(self, "block_length") else ()
-        for key in (*self.sizes, *blocks):
-            if not is_integer(value := getattr(self, key)) or value < 1:
-                raise ValueError(
-                    f"{key} must be a positive integer, got {value!r}; take it from the published config.json"
-                )
+        for key in self.kinds:
+            if (value := getattr(self, key, None)) is not None or key not in self.optional:
+                self._refuse_other_kind(key, value)
+        if getattr(self, "head_dim", None) is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads must divide hidden_size {self.hidden_size}, got {self.num_attention_heads}; take both from "
+                "the published config.json"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads must divide num_attention_heads {self.num_attention_heads}, got "
+                f"{self.num_key_value_heads}; take both from the published config.json"
+            )
         if (experts := getattr(self, "num_experts", 0)) and self.num_experts_per_tok > experts:
             raise ValueError(
                 f"num_experts_per_tok {self.num_experts_per_tok} is above num_experts {experts}; take both from the published "
@@ -119,15 +152,23 @@ class DiffusionConfig(PretrainedConfig):
         for key in ("mask_token_id", "eos_token_id"):
             if not is_integer(value := getattr(self, key)) or not 0 <= value < self.vocab_size:
                 raise ValueError(
-                    f"{key} must be one token id below the vocabulary's size {self.vocab_size}, got {value!r}; take it from "
+                    f"{key} must be one token id below the vocabulary's size {self.vocab_size}, got {shown(value)}; take it from "
                     "the published config.json (more ids that end a response: generation_config.json, stop_token_ids)"
                 )
+
+    def _refuse_other_kind(self, key: str, value: Any) -> None:
+        engine_name = next((name for name, own in self.attribute_map.items() if own == key), key)
+        kind, holds = self.kinds.get(engine_name, ("", lambda value: True))
+        if not holds(value):
+            raise ValueError(
+                f"{self.attribute_map.get(key, key)} must be {kind}, got {shown(value)}; take it from the published config.json"
+            )
 
     def _refuse_other_structures(self, values: dict[str, Any]) -> None:
         for key, value in values.items():
             if value not in (supported := self.supported_values[key]):
                 raise ValueError(
-                    f"the config has {key}={value!r}, and the {self.model_type!r} adapter supports only "
+                    f"the config has {key}={shown(value)}, and the {shown(self.model_type)} adapter supports only "
                     f"{' or '.join(map(repr, supported))}; another structure needs an adapter of its own"
                 )
 
@@ -140,6 +181,7 @@ class LLaDAConfig(DiffusionConfig):
     """LLaDA (dense): keys as in GSAI-ML/LLaDA-8B-Instruct:config.json, also under the names engines read."""
 
     model_type = "llada"
+    kinds = DiffusionConfig.kinds | {"embedding_size": SIZE}
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "d_model",
         "num_hidden_layers": "n_layers",
@@ -198,15 +240,15 @@ class LLaDAConfig(DiffusionConfig):
 
     def check(self) -> None:
         super().check()
-        if not is_integer(self.embedding_size) or self.embedding_size < self.vocab_size:
+        if self.embedding_size < self.vocab_size:
             raise ValueError(
-                f"embedding_size must be an integer of at least vocab_size {self.vocab_size}, got {self.embedding_size!r}; "
+                f"embedding_size must be at least vocab_size {self.vocab_size}, got {shown(self.embedding_size)}; "
                 "take it from the published config.json"
             )
 
 
 # what config.json of Llama's and Qwen's layouts must have
-LLAMA_KEYS = (*DiffusionConfig.sizes, "rope_theta", "rms_norm_eps", "tie_word_embeddings")
+LLAMA_KEYS = tuple(key for key in DiffusionConfig.kinds if key not in DiffusionConfig.optional)
 
 
 class DreamConfig(DiffusionConfig):
@@ -278,15 +320,15 @@ class StableDiffCoderConfig(DiffusionConfig):
 
 # ---- with experts
 
-EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+EXPERT_KINDS: dict[str, Kind] = {"num_experts": SIZE, "num_experts_per_tok": SIZE, "moe_intermediate_size": SIZE}
 
 
 class SDARMoeConfig(SDARConfig):
     """SDAR-30B-A3B: keys as in yjyddq/DARE:models/SDAR-30B-A3B-Chat/config.json."""
 
     model_type = "sdar_moe"
-    sizes = (*SDARConfig.sizes, *EXPERT_SIZES)
-    required_keys = (*SDARConfig.required_keys, *EXPERT_SIZES, "norm_topk_prob")
+    kinds = SDARConfig.kinds | EXPERT_KINDS
+    required_keys = (*SDARConfig.required_keys, *EXPERT_KINDS, "norm_topk_prob")
     supported_values: ClassVar[dict[str, tuple[Any, ...]]] = SDARConfig.supported_values | {
         "decoder_sparse_step": (1,),
         "mlp_only_layers": ([], None),
@@ -303,7 +345,7 @@ class LLaDAMoEConfig(DiffusionConfig):
         "intermediate_size": "dense_intermediate_size",
         "moe_intermediate_size": "expert_intermediate_size",
     }
-    sizes = (*DiffusionConfig.sizes, *EXPERT_SIZES)
+    kinds = DiffusionConfig.kinds | EXPERT_KINDS
     required_keys = (
         *(key for key in LLAMA_KEYS if key != "intermediate_size"),
         "num_experts",
@@ -331,7 +373,7 @@ class LLaDAMoEConfig(DiffusionConfig):
         layers = self.moe_layer_freq
         if not isinstance(layers, list) or len(layers) != self.num_hidden_layers or not set(layers) <= {0, 1}:
             raise ValueError(
-                f"moe_layer_freq must hold 0 or 1 for each of {self.num_hidden_layers} layers, got {layers!r}; take it from "
+                f"moe_layer_freq must hold 0 or 1 for each of {self.num_hidden_layers} layers, got {shown(layers)}; take it from "
                 "the published config.json"
             )
 
@@ -341,10 +383,14 @@ class LLaDA2Config(DiffusionConfig):
 
     model_type = "llada2_moe"
     attribute_map = SDARConfig.attribute_map
-    sizes = (*DiffusionConfig.sizes, *EXPERT_SIZES, "n_group", "topk_group")
+    kinds: ClassVar[dict[str, Kind]] = DiffusionConfig.kinds | EXPERT_KINDS | {
+        "n_group": SIZE, "topk_group": SIZE, "num_shared_experts": COUNT, "first_k_dense_replace": COUNT,
+        "routed_scaling_factor": RATE,
+    }  # fmt: skip
+    optional = (*DiffusionConfig.optional, "num_shared_experts", "first_k_dense_replace")
     required_keys = (
         *LLAMA_KEYS,
-        *EXPERT_SIZES,
+        *EXPERT_KINDS,
         "head_dim",
         "partial_rotary_factor",
         "n_group",
@@ -379,11 +425,6 @@ class LLaDA2Config(DiffusionConfig):
 
     def check(self) -> None:
         super().check()
-        for key in ("first_k_dense_replace", "num_shared_experts"):
-            if not is_integer(value := getattr(self, key) or 0) or value < 0:
-                raise ValueError(
-                    f"{key} must be an integer of at least 0, got {value!r}; take it from the published config"
-                )
         group = self.num_experts // self.n_group
         held = self.num_experts_per_tok <= self.topk_group * group
         if self.num_experts % self.n_group or group < 2 or self.topk_group > self.n_group or not held:

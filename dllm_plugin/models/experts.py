@@ -1,11 +1,9 @@
-"""Experts of a layer, and the routers that choose among them.
+"""Experts of a layer, and the router that chooses among them.
 
-Routers compute in float32 and are exact: among equal scores the lowest expert comes first, which `torch.topk` does not promise.
 The ranks of a tensor-parallel group share the intermediate size of each expert, or in expert parallelism the experts.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,64 +19,10 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from dllm_plugin.kernels.gated_silu import gated_silu
+from dllm_plugin.kernels.route import Routing, route
+from dllm_plugin.messages import shown
 
 _ROWS = 4  # a row of a product of fewer has other bits on a CPU (MKL), and how many an expert gets is up to the batch
-
-
-@dataclass(frozen=True)
-class SoftmaxRouting:
-    """The best of a softmax over all experts, rounded to the logits' dtype (OLMoE's and Qwen3-MoE's).
-
-    Source: yjyddq/DARE:models/SDAR-30B-A3B-Chat/modeling_sdar_moe.py, InfiniTensor/InfiniLM:modeling_lladamoe.py.
-    """
-
-    top_k: int
-    normalized: bool  # the weights of a token sum to 1
-    in_float32: ClassVar[bool] = False  # the logits are
-    has_bias: ClassVar[bool] = False
-
-    def choose(self, logits: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights, of the dtype of ``logits`` [tokens, experts], and int64 experts, both [tokens, top_k]."""
-        scores = torch.softmax(logits, dim=-1, dtype=torch.float32)
-        chosen = best(scores, self.top_k)
-        weights = scores.gather(1, chosen)
-        if self.normalized:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        return weights.to(logits.dtype), chosen
-
-
-@dataclass(frozen=True)
-class GroupedSigmoidRouting:
-    """The best of the best groups by sigmoid plus a bias, which has no part in the weights.
-
-    A group, of experts side by side, is worth the sum of its two best biased scores.
-    Source: yjyddq/DARE:models/LLaDA2.0-mini/modeling_llada2_moe.py.
-    """
-
-    top_k: int
-    num_groups: int
-    kept_groups: int
-    scale: float
-    in_float32: ClassVar[bool] = True
-    has_bias: ClassVar[bool] = True
-
-    def choose(self, logits: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 weights and int64 experts, both [tokens, top_k], of float32 ``logits`` [tokens, experts]."""
-        assert bias is not None
-        scores = torch.sigmoid(logits)
-        groups = (scores + bias).unflatten(-1, (self.num_groups, -1))
-        kept = best(groups.topk(2, dim=-1).values.sum(dim=-1), self.kept_groups)
-        out = torch.ones(groups.shape[:2], dtype=torch.bool, device=logits.device).scatter_(1, kept, False)
-        chosen = best(groups.masked_fill(out[..., None], -torch.inf).flatten(1), self.top_k)
-        weights = scores.gather(1, chosen)
-        if self.top_k > 1:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return weights * self.scale, chosen
-
-
-def best(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices [rows, count] of the highest of ``scores`` [rows, n], falling; the lowest index among equal ones."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
 
 
 @dataclass(frozen=True)
@@ -86,7 +30,7 @@ class ExpertsShape:
     num_experts: int
     intermediate_size: int  # of an expert
     shared_size: int  # intermediate size of what sees every token, 0 if there is none
-    routing: SoftmaxRouting | GroupedSigmoidRouting
+    routing: Routing
 
 
 class Router(nn.Module):
@@ -103,7 +47,7 @@ class Router(nn.Module):
         return F.linear(x.to(self.weight.dtype), self.weight)
 
     def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.routing.choose(logits, self.expert_bias)
+        return route(logits, self.expert_bias, self.routing)
 
 
 def experts_of_rank(num_experts: int, vllm_config: VllmConfig) -> range:
@@ -199,7 +143,7 @@ def experts_layer(
         )
         if not isinstance(expert.quant_method, UnquantizedLinearMethod):
             raise ValueError(
-                f"on a CPU experts keep the model's dtype, and quantization {quant_config.get_name()!r} includes those of "
+                f"on a CPU experts keep the model's dtype, and quantization {shown(quant_config.get_name())} includes those of "
                 f"{prefix}; serve the checkpoint on a GPU, or quantize it without its experts"
             )
     elif quant_config is not None:
@@ -207,7 +151,7 @@ def experts_layer(
 
         if vllm_config.lora_config is not None:
             raise ValueError(
-                f"adapters and quantization {quant_config.get_name()!r} of a model with experts exclude each other; remove "
+                f"adapters and quantization {shown(quant_config.get_name())} of a model with experts exclude each other; remove "
                 "--enable-lora"
             )
         return FusedMoEFactory(
@@ -285,6 +229,4 @@ def run_fused(
     from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 
     num_experts = len(down if places is None else places)
-    return fused_experts(
-        x, gate_up, down, weights.float(), chosen.int(), global_num_experts=num_experts, expert_map=places
-    )
+    return fused_experts(x, gate_up, down, weights.float(), chosen, global_num_experts=num_experts, expert_map=places)

@@ -3,8 +3,9 @@
 from dataclasses import replace
 from typing import ClassVar
 
+from dllm_plugin.kernels.route import GroupedSigmoidRouting
 from dllm_plugin.models.configs import LLaDA2Config
-from dllm_plugin.models.experts import ExpertsShape, GroupedSigmoidRouting
+from dllm_plugin.models.experts import ExpertsShape
 from dllm_plugin.models.names import DENSE_MLP, EXPERTS, WeightNames
 from dllm_plugin.models.transformer import DiffusionLM, Shape
 

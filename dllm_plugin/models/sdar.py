@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
+from dllm_plugin.kernels.route import SoftmaxRouting
 from dllm_plugin.models.configs import SDARMoeConfig
-from dllm_plugin.models.experts import ExpertsShape, SoftmaxRouting
+from dllm_plugin.models.experts import ExpertsShape
 from dllm_plugin.models.names import LLAMA
 from dllm_plugin.models.transformer import DiffusionLM, Shape
 

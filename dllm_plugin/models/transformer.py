@@ -21,6 +21,7 @@ from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 
 from dllm_plugin.attention import DiffusionAttention
+from dllm_plugin.finite import is_finite
 from dllm_plugin.kernels.gated_silu import gated_silu
 from dllm_plugin.kernels.head_norm import head_norm
 from dllm_plugin.kernels.rms_norm import rms_norm
@@ -252,6 +253,7 @@ class DiffusionLM(nn.Module, SupportsLoRA):
         self.config = cast(DiffusionConfig, vllm_config.model_config.hf_config)  # vLLM's LoRA manager reads it
         shape = self.shape_of(self.config)
         self.experts = experts_of_rank(shape.num_experts, vllm_config)  # that must be loaded
+        self.not_finite: list[str] = []  # of the checkpoint's tensors
         self.decoder = Decoder(shape, vllm_config, prefix=maybe_prefix(prefix, "decoder"))
 
     @property
@@ -277,7 +279,8 @@ class DiffusionLM(nn.Module, SupportsLoRA):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors; returns the names of the parameters that were loaded.
 
-        Raises ValueError naming the tensor where one is surplus, has the wrong shape, or is missing.
+        Those that hold NaN or infinity are named in `not_finite`; later a backend may pack them out of sight. Raises ValueError
+        naming the tensor where one is surplus, has the wrong shape or dtype, or is missing.
         """
         # layers with adapters, and vLLM's layer of experts, keep what was loaded under another name
         parameters = {
@@ -285,6 +288,7 @@ class DiffusionLM(nn.Module, SupportsLoRA):
             for name, parameter in self.decoder.named_parameters()
         }
         shape, loaded = self.decoder.shape, set[tuple[str, Shard]]()
+        self.not_finite.clear()
         for name, tensor in weights:
             target, shard = self.names.locate(name)
             if shape.tie_embeddings and target.startswith("head."):
@@ -292,6 +296,11 @@ class DiffusionLM(nn.Module, SupportsLoRA):
             experts = [shard[0]] if isinstance(shard, tuple) and shard[0] is not None else range(shape.num_experts)
             if target not in parameters or any(expert >= shape.num_experts for expert in experts):
                 raise ValueError(f"the checkpoint holds a tensor that {type(self).__name__} does not have: {name}")
+            if self.quant_config is None and not tensor.is_floating_point():
+                raise ValueError(
+                    f"tensor {name} has dtype {tensor.dtype}, and config.json names no quantization; take the published "
+                    "checkpoint, or the quantization_config that belongs to this one"
+                )
             # vLLM's loaders would cut a tensor that is too large
             if self.quant_config is None and tensor.shape != (asked := shape.tensor_shape(target, shard)):
                 raise ValueError(
@@ -299,6 +308,8 @@ class DiffusionLM(nn.Module, SupportsLoRA):
                     "its config.json do not belong together"
                 )
             param: Any = parameters[target]
+            if not is_finite(tensor if param.is_meta else tensor.to(param.device)):
+                self.not_finite.append(name)
             if isinstance(shard, tuple):
                 for expert, part in zip(experts, [tensor] if shard[0] is not None else tensor, strict=True):
                     param.weight_loader(param, part, weight_name=target, shard_id=shard[1], expert_id=expert)

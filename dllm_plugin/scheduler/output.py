@@ -77,6 +77,7 @@ class NewCanvas:
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
     seed: int
     answer_start: int
     controls: Controls
@@ -109,7 +110,8 @@ class DiffusionModelRunnerOutput(ModelRunnerOutput):
     request id to the number of positions still masked in each block that was active, after each of the steps.
     ``eos_is_taken``: requests of which an active block holds EOS, masks before it or not. ``num_edited``: request id to the
     number of tokens that the last step replaced. ``written``: of requests that ask for their trajectory, what each step wrote.
-    ``scores``: request id to float32 rows of what was told of its given text (worker/records.py:score).
+    ``scores``: request id to float32 rows of what was told of its given text (worker/records.py:score). ``broken``: requests
+    for which a token was to be chosen out of logits that are no numbers.
     """
 
     num_emitted: dict[str, list[int]] = field(default_factory=dict)
@@ -118,6 +120,7 @@ class DiffusionModelRunnerOutput(ModelRunnerOutput):
     num_edited: dict[str, int] = field(default_factory=dict)
     written: dict[str, list[list[Record]]] = field(default_factory=dict)
     scores: dict[str, np.ndarray] = field(default_factory=dict)
+    broken: set[str] = field(default_factory=set)
 
     def add_idle(self, request_ids: Iterable[str]) -> None:
         """Give those of the requests that had no window an output without tokens."""

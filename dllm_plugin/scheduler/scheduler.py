@@ -25,9 +25,11 @@ from vllm.v1.request import Request, RequestStatus
 
 from dllm_plugin.compat import end_with_error
 from dllm_plugin.controls import Controls
+from dllm_plugin.extras import check_token_ids, parse_request
 from dllm_plugin.kernels import philox
+from dllm_plugin.messages import shown
 from dllm_plugin.metrics import Event, write_trajectory
-from dllm_plugin.params import PREFIX, DiffusionParams, check_token_ids, parse_request
+from dllm_plugin.params import PREFIX, DiffusionParams
 from dllm_plugin.scheduler.grammar import Constraint
 from dllm_plugin.scheduler.likelihood import Likelihood, ScoredWindow, make_likelihood
 from dllm_plugin.scheduler.output import (
@@ -46,6 +48,10 @@ from dllm_plugin.settings import settings_of
 # Steps that run between two calls of the scheduler, and how long a request that arrives may have to wait for them.
 MOST_STEPS, MOST_SECONDS = 8, 0.05
 LONGEST_STRIDE = 16  # rounds in which the least urgent request takes part at least once
+NO_NUMBERS = (
+    "the model's logits are NaN or infinite, and no token can be chosen; the server's log names weights that are not finite, and "
+    "a float16 model may overflow: serve it with --dtype bfloat16"
+)
 
 logger = init_logger("vllm." + __name__)
 
@@ -228,6 +234,8 @@ class DiffusionScheduler(Scheduler):
                 if refused is not None:  # in a block that was filled before this step
                     denoising.plan.recount(refused, 1)
                 self._share_pages(req_id)
+                if req_id in model_runner_output.broken:
+                    end_with_error(self, req_id, NO_NUMBERS, unforeseen=True)
                 if req_id in self.grammar_compile_error_reqs:  # vLLM ends it with an error; nothing else may
                     model_runner_output.sampled_token_ids[i] = []
                     continue
@@ -334,7 +342,7 @@ class DiffusionScheduler(Scheduler):
         if request.resumable:
             raise ValueError("a session of streamed prompts is not supported; send one prompt a request")
         if type(request.priority) is not int:  # the queue could not compare it
-            raise ValueError(f"priority must be an integer, got {request.priority!r}; leave it out")
+            raise ValueError(f"priority must be an integer, got {shown(request.priority)}; leave it out")
         if isinstance(params.suffix, str):
             raise ValueError(
                 "diffusion_suffix reaches an engine as token ids; let vLLM's InputProcessor make the request"
@@ -448,6 +456,7 @@ class DiffusionScheduler(Scheduler):
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=min(sampling.top_k, self.settings.vocab_size),
+            min_p=sampling.min_p,
             seed=denoising.seed,
             answer_start=request.num_prompt_tokens,
             controls=Controls.of(sampling),

@@ -48,7 +48,7 @@ class Needs:
         return cls(
             rankings=tuple({POLICIES[canvas.params.remasking].ranking: None for canvas in canvases}),
             sampling=any(canvas.temperature > 0 for canvas in canvases),
-            filters=any(canvas.top_k > 0 or canvas.top_p < 1 for canvas in canvases),
+            filters=any(canvas.top_k > 0 or canvas.top_p < 1 or canvas.min_p > 0 for canvas in canvases),
             suppression=any(canvas.params.eos_suppression != "none" for canvas in canvases),
             random_order=any(canvas.params.alg_temp > 0 for canvas in canvases),
             block_floats=tuple(

@@ -57,6 +57,7 @@ class Slots:
     temperature: torch.Tensor = field(metadata=_per_slot(torch.float32))
     top_k: torch.Tensor = field(metadata=_per_slot(torch.int64))
     top_p: torch.Tensor = field(metadata=_per_slot(torch.float32))
+    min_p: torch.Tensor = field(metadata=_per_slot(torch.float32))
     top_k_first: torch.Tensor = field(metadata=_per_slot(torch.bool))
     seed: torch.Tensor = field(metadata=_per_slot(torch.int64))
     stop_at: torch.Tensor = field(metadata=_per_slot(torch.int64))
@@ -215,6 +216,7 @@ class CanvasStore(Slots):
             temperature=canvas.temperature,
             top_k=canvas.top_k if filtered else 0,
             top_p=canvas.top_p if filtered else 1.0,
+            min_p=canvas.min_p if filtered else 0.0,
             top_k_first=params.strategy == "block",
             seed=canvas.seed,
             stop_at=canvas.eos_token_id,

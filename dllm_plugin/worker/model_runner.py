@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import create_forward_context, override_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.reload.inplace import reload_weights
 from vllm.utils.mem_utils import DeviceMemoryProfiler
@@ -20,6 +22,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.utils import allocate_kv_cache
 
 from dllm_plugin.attention import DiffusionAttention, WindowBatch
+from dllm_plugin.finite import in_place_of_no_choice
 from dllm_plugin.kernels.confidence import STATISTICS, Choice, confidence
 from dllm_plugin.kernels.edit import Rows as OpenRows
 from dllm_plugin.kernels.edit import edit
@@ -46,6 +49,8 @@ from dllm_plugin.worker.summary import StepNumbers, Summary, summarize
 # Rows of logits are computed in chunks of about this size, whatever the batch asks for.
 LOGITS_CHUNK_BYTES = 256 * 2**20
 
+logger = init_logger("vllm." + __name__)
+
 
 class DiffusionModelRunner(AdapterMixin):
     """Runs the model on the scheduler's windows and keeps the canvases. The same code on CPU and CUDA."""
@@ -61,6 +66,7 @@ class DiffusionModelRunner(AdapterMixin):
         self.model_memory_usage = 0
         self.kv_caches: list[torch.Tensor] = []
         self.rows_at_once = 0  # rows whose logits are in memory together
+        self.watches_logits = False  # whether they are looked at for what is no number
         self.overlaps = device.type == "cuda"
         config, self.settings = self.model_config.hf_config, settings_of(vllm_config)
         self.state = CanvasStore(
@@ -259,7 +265,10 @@ class DiffusionModelRunner(AdapterMixin):
             scores = self.score(
                 scored if self.scores_raw_logits else processed(logits, choice), chosen.token, slot, needs
             )
-        return ChosenRows(chosen.token, ranking, scores)
+        token = chosen.token
+        if self.watches_logits:
+            token = in_place_of_no_choice(token, scored, state.mask_token_id)
+        return ChosenRows(token, ranking, scores)
 
     @property
     def scores_raw_logits(self) -> bool:
@@ -273,12 +282,13 @@ class DiffusionModelRunner(AdapterMixin):
     def filter(
         self, logits: torch.Tensor, slot: torch.Tensor, temperature: torch.Tensor | None, suppression: bool
     ) -> Cut:
-        """Where top-k and top-p cut every row."""
+        """Where min-p, top-k and top-p cut every row."""
         state = self.state
         filters = Filters(
             temperature=temperature,
             top_k=state.top_k[slot],
             top_p=state.top_p[slot],
+            min_p=state.min_p[slot],
             k_first=state.top_k_first[slot],
             gone=state.gone[slot] if suppression else None,
         )
@@ -316,6 +326,7 @@ class DiffusionModelRunner(AdapterMixin):
             if self.lora_config:
                 self.model = self.load_lora_model(self.model, self.vllm_config, self.device)
         self.model_memory_usage = memory.consumed_memory
+        self.watch_logits()
         # one for all steps: making it takes as long as choosing tokens does
         self.forward_context = create_forward_context(None, self.vllm_config)
         self.batches.num_words = -(-self.model.num_embeddings // 32)
@@ -329,6 +340,22 @@ class DiffusionModelRunner(AdapterMixin):
     ) -> None:
         reload_weights(self.vllm_config, self.model, weights_iterator, weights_path, is_checkpoint_format)
         self.reset_lora_state()
+        self.watch_logits()
+
+    def watch_logits(self) -> None:
+        """Look at logits in every step only where they can be no numbers: from such weights, adapters, or in float16."""
+        watched = self.watches_logits
+        wrong, can_overflow = self.model.not_finite, self.model_config.dtype == torch.float16
+        if wrong and get_tensor_model_parallel_rank() == 0:  # every rank reads whole tensors
+            logger.error(
+                "The weights hold NaN or infinity, first in %s, in %d tensors. Requests that they reach end with an error; "
+                "take the checkpoint anew",
+                wrong[0],
+                len(wrong),
+            )
+        self.watches_logits = bool(wrong) or can_overflow or self.lora_config is not None
+        if self.graphs is not None and self.watches_logits != watched:
+            self.graphs.forget()
 
     def get_model(self) -> nn.Module:
         return self.model

@@ -6,10 +6,11 @@ from itertools import accumulate
 import numpy as np
 from vllm.v1.outputs import LogprobsLists
 
+from dllm_plugin.params import HOLE
 from dllm_plugin.scheduler.output import DiffusionModelRunnerOutput, NewCanvas, Record
 from dllm_plugin.scheduler.window import Window
 from dllm_plugin.worker.batch import Layout
-from dllm_plugin.worker.canvas import CanvasStore
+from dllm_plugin.worker.canvas import CanvasStore, Request
 from dllm_plugin.worker.summary import Summary
 
 
@@ -18,11 +19,13 @@ class Progress:
 
     def __init__(self, layout: Layout, store: CanvasStore) -> None:
         self.layout = layout
+        self.mask_token_id = store.mask_token_id
         self.requests = [store.requests[request_id] for request_id in layout.request_ids]
         self.tokens: list[list[int]] = [[] for _ in self.requests]
         self.num_emitted: list[list[int]] = [[] for _ in self.requests]
         self.num_masked: list[list[list[int]]] = [[] for _ in self.requests]  # by step and block
         self.eos_is_taken: set[str] = set()
+        self.broken: set[str] = set()
         self.num_edited: dict[str, int] = {}  # by the last step
         self.written: list[list[list[Record]]] = [[] for _ in self.requests]  # by step
         self.emitted: list[list[Record]] = [
@@ -53,6 +56,9 @@ class Progress:
                 new = report.tokens[i][first_new : first_new + num_new]
                 self.tokens[i] += new
                 self._tell(i, new)
+                if self._is_broken(request, new):
+                    self.broken.add(self.layout.request_ids[i])
+                    ended = True
                 request.emitted += num_new
                 ended = ended or request.emitted == window.settles_below or not request.canvas.ends_at.isdisjoint(new)
             self.num_emitted[i].append(num_new)
@@ -60,6 +66,14 @@ class Progress:
             taken = zip(self.layout.request_ids, report.eos_is_taken, strict=True)
             self.eos_is_taken = {request_id for request_id, is_taken in taken if is_taken}
         return ended
+
+    def _is_broken(self, request: Request, tokens: list[int]) -> bool:
+        """Whether one of the next tokens was not chosen: it is the mask, which only a template may hold as text."""
+        if self.mask_token_id not in tokens:
+            return False
+        first = request.emitted - len(request.canvas.token_ids)
+        pairs = zip(tokens, request.canvas.canvas_ids[first:], strict=False)
+        return any(token == self.mask_token_id and pinned == HOLE for token, pinned in pairs)
 
     def _keep(self, records: Sequence[tuple[int, Record]]) -> None:
         """Remember what was written in a step until it is emitted."""
@@ -109,6 +123,7 @@ class Progress:
             num_masked=dict(zip(request_ids, self.num_masked, strict=True)),
             eos_is_taken=self.eos_is_taken,
             num_edited=self.num_edited,
+            broken=self.broken,
             written={request_ids[i]: self.written[i] for i in asked},
             logprobs=logprobs_lists(self.emitted, needs.num_logprobs) if needs.num_logprobs >= 0 else None,
         )

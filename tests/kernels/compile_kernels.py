@@ -25,6 +25,7 @@ from dllm_plugin.kernels.gated_silu import gated_silu_triton
 from dllm_plugin.kernels.head_norm import head_norm_triton
 from dllm_plugin.kernels.rms_norm import rms_norm_triton
 from dllm_plugin.kernels.rotary import rotate_triton
+from dllm_plugin.kernels.route import GroupedSigmoidRouting, Routing, SoftmaxRouting, route_triton
 from dllm_plugin.kernels.store_kv import split_kv_cache, store_kv_triton
 from dllm_plugin.kernels.unmask import Segments, unmask_triton
 from dllm_plugin.kernels.window_attention import PagedWindows, Windows, attention_triton
@@ -131,6 +132,11 @@ def gated(dtype: torch.dtype, size: int) -> None:
     gated_silu_triton(torch.zeros(2, 2 * size, dtype=dtype))
 
 
+def routes(dtype: torch.dtype, num_experts: int, routing: Routing) -> None:
+    bias = torch.zeros(num_experts) if routing.has_bias else None
+    route_triton(torch.zeros(2, num_experts, dtype=dtype), bias, routing)
+
+
 def configurations() -> Iterator[tuple[str, Callable, tuple]]:
     """Every value of every parameter, and together those that share registers or shared memory.
 
@@ -186,6 +192,11 @@ def configurations() -> Iterator[tuple[str, Callable, tuple]]:
     yield "head_norm", heads_norm, (bf16, 32, 8, 128)
     yield "head_norm", heads_norm, (bf16, 3, 2, 64)
     yield "gated_silu", gated, (bf16, 12_288)
+    for shape in ((256, 8, 8, 4), (160, 6, 5, 3), (16, 1, 1, 1)):
+        yield "route", routes, (fp32, shape[0], GroupedSigmoidRouting(*shape[1:], scale=2.5))
+    for dtype in (bf16, fp16, fp32):
+        yield "route", routes, (dtype, 128, SoftmaxRouting(8, True))
+    yield "route", routes, (bf16, 64, SoftmaxRouting(8, False))
 
 
 def resources(cubin: bytes) -> dict[str, int]:

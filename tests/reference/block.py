@@ -40,7 +40,7 @@ from torch import Tensor
 
 from .block_models import BlockModel, block_causal
 from .decoding import Commit, Generation, PositionGumbel, TokenGumbel, Uniforms, choose, most_confident, truncate_at_eos
-from .dream import top_k_filter, top_p_filter
+from .dream import min_p_filter, top_k_filter, top_p_filter
 from .fast_dllm import admitted
 from .llada import transfer_counts
 
@@ -117,6 +117,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     confidence: str = "tempered",
     alg_temp: float | None = None,
     gumbel: TokenGumbel | None = None,
@@ -144,7 +145,7 @@ def generate(
     after max_post_steps passes without a mask.
     """
     check(model, remasking, threshold, factor, entropy_bound, alg_temp, confidence)
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "confidence": confidence}
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "confidence": confidence}
     end = len(prompt_ids) + max_tokens
     if not shorten_last_block:
         end = -(-end // block_length) * block_length
@@ -238,10 +239,11 @@ def sample(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     confidence: str = "tempered",
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Confidence, entropy and token [rows] of logits [rows, vocabulary], which are divided, then top_k, then top_p.
+    """Confidence, entropy and token [rows] of logits [rows, vocabulary], which are divided, then min_p, top_k, top_p.
 
     `confidence` says under which distribution the token's probability is taken: "tempered", softmax(logits /
     temperature), as JetEngine and LMDeploy do; "filtered", what top_k and top_p leave of it, as SDAR's and LLaDA2's own
@@ -251,6 +253,8 @@ def sample(
     """
     tempered = logits / temperature if temperature > 0 else logits
     kept = tempered
+    if min_p:
+        kept = min_p_filter(kept, min_p)
     if top_k:
         kept = top_k_filter(kept, top_k)
     if top_p is not None and top_p < 1:
@@ -279,6 +283,7 @@ def generate_fast_dllm_v2(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     confidence: str = "tempered",
     gumbel: TokenGumbel | None = None,
     stop_ids: Collection[int] = (),
@@ -305,7 +310,7 @@ def generate_fast_dllm_v2(
     ydshi0/Fast-dLLM:v2/generation_functions.py); every row draws its own token at a temperature; max_tokens need not be
     a multiple of the block.
     """
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "confidence": confidence}
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "confidence": confidence}
     end = -(-(len(prompt_ids) + max_tokens) // block_length) * block_length
     text = Text(prompt_ids, max_tokens, end, model.mask_token_id, stop_ids, template)
     for start in range(len(prompt_ids) // block_length * block_length, end, block_length):

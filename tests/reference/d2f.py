@@ -53,11 +53,12 @@ def generate(
     temperature: float = 0.0,
     top_p: float | None = None,
     top_k: int | None = None,
+    min_p: float | None = None,
     gumbel: TokenGumbel | None = None,
     with_cache: bool = False,
     stop_ids: Collection[int] = (),
 ) -> Generation:
-    """Fills a canvas of gen_length tokens. A temperature takes `gumbel`; None switches top_p and top_k off."""
+    """Fills a canvas of gen_length tokens. A temperature takes `gumbel`; None switches top_p, top_k and min_p off."""
     canvas = Canvas(prompt_ids, gen_length, model.mask_token_id, stop_ids)
     before, length = len(prompt_ids), len(prompt_ids) + gen_length
     allowed = block_causal(before, gen_length, block_length)
@@ -105,6 +106,7 @@ def generate(
                 temperature=temperature,
                 top_p=top_p,
                 top_k=top_k,
+                min_p=min_p,
                 noise=gumbel(forward, candidates) if temperature > 0 else None,
             )
             taken = confidence > accept_threshold

@@ -33,6 +33,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float | None = None,
     top_k: int | None = None,
+    min_p: float | None = None,
     uniforms: OriginUniforms | None = None,
     position_gumbel: PositionGumbel | None = None,
     gumbel: TokenGumbel | None = None,
@@ -42,7 +43,7 @@ def generate(
 
     Noise: `origin` takes `uniforms` (a position is committed where its number is below the step's share), an
     alg_temp takes `position_gumbel`, a temperature takes `gumbel`. top_p and top_k shape the confidences at temperature
-    0 too; None switches them off. Decoding stops early only for `stop_ids`.
+    0 too; None switches them off. `min_p`, vLLM's, comes before them. Decoding stops early only for `stop_ids`.
     """
     if alg not in ALGORITHMS:
         raise ValueError(f"alg is one of {', '.join(ALGORITHMS)}, not {alg!r}")
@@ -54,7 +55,14 @@ def generate(
             logits = model.logits_for_positions(canvas.ids)[len(prompt_ids) + candidates]
             noise = gumbel(forward, candidates) if temperature > 0 else None
             confidence, chosen = sample_tokens(
-                logits, model.mask_token_id, alg, temperature=temperature, top_p=top_p, top_k=top_k, noise=noise
+                logits,
+                model.mask_token_id,
+                alg,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                min_p=min_p,
+                noise=noise,
             )
 
             if alg == "origin":
@@ -93,6 +101,7 @@ def sample_tokens(
     temperature: float = 0.0,
     top_p: float | None = None,
     top_k: int | None = None,
+    min_p: float | None = None,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Confidence and token [rows] of logits [rows, vocabulary].
@@ -104,6 +113,8 @@ def sample_tokens(
     if temperature > 0:
         logits = logits / temperature
     unfiltered = logits
+    if min_p:
+        logits = min_p_filter(logits, min_p)
     if top_p is not None and top_p < 1:
         logits = top_p_filter(logits, top_p)
     if top_k is not None:
@@ -127,6 +138,12 @@ def sample_tokens(
     else:
         raise ValueError(f"Dream's decoder has no rule for {alg!r}")
     return confidence, chosen
+
+
+def min_p_filter(logits: Tensor, min_p: float) -> Tensor:
+    """Drops the tokens less probable than min_p times the likeliest (vllm/v1/sample/logits_processor/builtin.py)."""
+    probs = torch.softmax(logits, dim=-1)
+    return logits.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), torch.finfo(logits.dtype).min)
 
 
 def top_p_filter(logits: Tensor, top_p: float) -> Tensor:

@@ -129,6 +129,7 @@ class PolicyCase(ReferenceCase):
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     alg_temp: float = 0.0
     eps: float = 1e-3
     seed: int = _DEFAULT_SEED
@@ -147,6 +148,7 @@ class PolicyCase(ReferenceCase):
         parts += [f"temperature{self.temperature:g}"] if self.temperature else []
         parts += [f"top-p{self.top_p:g}"] if self.top_p < 1 else []
         parts += [f"top-k{self.top_k}"] if self.top_k else []
+        parts += [f"min-p{self.min_p:g}"] if self.min_p else []
         parts += [f"alg-temp{self.alg_temp:g}"] if self.alg_temp else []
         parts += [f"eps{self.eps:g}"] if self.eps != 1e-3 else []
         parts += [f"seed{self.seed}"] if self.seed != _DEFAULT_SEED else []
@@ -178,6 +180,7 @@ class PolicyCase(ReferenceCase):
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
+            min_p=self.min_p,
             max_tokens=self.max_tokens,
             seed=self.seed,
             ignore_eos=not self.eos,
@@ -194,7 +197,7 @@ class PolicyCase(ReferenceCase):
         if self.temperature > 0:
             sampled["gumbel"] = noise.gumbel
         if self.policy in LLADA_POLICIES:
-            assert self.top_p == 1 and self.top_k == 0, "LLaDA's reference has no filters"
+            assert (self.top_p, self.top_k, self.min_p) == (1, 0, 0), "LLaDA's reference has no filters"
             generate, settings = llada.generate, {
                 "remasking": self.policy,
                 "cfg_scale": self.cfg,
@@ -216,6 +219,7 @@ class PolicyCase(ReferenceCase):
                 "alg_temp": self.alg_temp,
                 "top_p": self.top_p if self.top_p < 1 else None,
                 "top_k": self.top_k or None,
+                "min_p": self.min_p,
                 "uniforms": noise.origin_uniforms,
                 "position_gumbel": noise.position_gumbel,
             }
