@@ -39,7 +39,7 @@ def main() -> None:
             rewards = [float(completion.text == question.answer) for completion in output.outputs]
             print(f"round {number}: {question.text} {rewards}")
             show(rollouts(output)[0])
-        # a trainer gives its own tensors: kwargs={"weights_iterator": ...} with the checkpoint's names
+        # with the engine in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0) a trainer gives tensors: "weights_iterator"
         llm.collective_rpc("reload_weights", kwargs={"weights_path": args.weights or args.model})
         llm.reset_prefix_cache()  # else keys and values of the old weights answer for prompts that come again
 

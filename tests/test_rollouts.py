@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.cases import random_prompt
 from support.checkpoints import block_reference, folder, reference, write_checkpoint
 from support.engines import engine, new_engine
@@ -116,5 +117,6 @@ def test_weights_reloaded_in_place_are_those_of_a_fresh_engine(checkpoint):
     assert sample(llm, prompt) == old
     llm.sleep(2)
     llm.wake_up()
-    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
+    tensors = [*load_file(other / "model.safetensors").items()]
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
     assert sample(llm, prompt) == new
