@@ -1,9 +1,10 @@
 """Answers under random grammars: how many are valid, and what they cost. python benchmarks/structured.py [--cases 500]
 
 Each case is a random JSON schema or regular expression, every second one at temperature 1. All of a checkpoint are asked at
-once, sixteen in a batch, each beside a request without a grammar, whose tokens must be those that it has alone. Prints for each
-checkpoint the share of valid answers and the tokens per forward pass with and without grammars. The last line is one JSON
-object. Answers are bounded by their grammars, so that none is cut off.
+once, sixteen in a batch: first without a grammar, then with theirs, then each beside a request without one, so that both must
+have the tokens that they had before. Prints for each checkpoint the share of valid answers, how many tokens changed, and the
+tokens per forward pass with and without grammars, of canvases of 32 tokens. The last line is one JSON object. Answers are
+bounded by their grammars, so that none is cut off.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from dllm_plugin import checkpoints
 from dllm_plugin.checkpoints.tasks import questions
 from dllm_plugin.metrics import num_forward_passes
 
-MAX_TOKENS = 200
+MAX_TOKENS, CANVAS_LENGTH = 200, 32
 
 
 def random_schema(draw: random.Random, depth: int = 2) -> dict:
@@ -83,7 +84,7 @@ def run(llm: LLM, cases: int, extras: dict[str, object], seed: int) -> dict[str,
 
     free = [sampling(number) for number in range(cases)]
     bound = [sampling(number, structured_outputs=constraint) for number, constraint in enumerate(constraints)]
-    alone = llm.chat(asked, free, use_tqdm=False)
+    alone, bound_alone = (llm.chat(asked, each, use_tqdm=False) for each in (free, bound))
     mixed = llm.chat(
         [chat for chat in asked for _ in range(2)],
         [one for pair in zip(bound, free, strict=True) for one in pair],
@@ -99,7 +100,10 @@ def run(llm: LLM, cases: int, extras: dict[str, object], seed: int) -> dict[str,
                 repr(answer.outputs[0].text),
                 answer.outputs[0].finish_reason,
             )
-    changed = sum(a.outputs[0].token_ids != b.outputs[0].token_ids for a, b in zip(alone, neighbours, strict=True))
+
+    def num_changed(before: list, after: list) -> int:
+        pairs = zip(before, after, strict=True)
+        return sum(a.outputs[0].token_ids != b.outputs[0].token_ids for a, b in pairs)
 
     def per_forward(outputs: list) -> float:
         passes = sum(num_forward_passes(output.outputs[0]) for output in outputs)
@@ -108,7 +112,8 @@ def run(llm: LLM, cases: int, extras: dict[str, object], seed: int) -> dict[str,
     return {
         "cases": cases,
         "valid": sum(valid) / cases,
-        "neighbours_changed": changed,
+        "changed_by_neighbours": num_changed(bound_alone, answers),
+        "neighbours_changed": num_changed(alone, neighbours),
         "tokens_per_forward_grammar": per_forward(answers),
         "tokens_per_forward_free": per_forward(alone),
     }
@@ -118,14 +123,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=500, help="of each checkpoint (default: %(default)s)")
     parser.add_argument("--checkpoint", action="append", choices=checkpoints.NAMES, help="default: all")
+    parser.add_argument("--backend", default="xgrammar", help="of vLLM's structured outputs (default: %(default)s)")
     arguments = parser.parse_args()
     result = {"environment": measure.environment() | {"vllm": vllm_version}}
     for name in arguments.checkpoint or checkpoints.NAMES:
         llm = LLM(
             model=str(checkpoints.path(name)), dtype="float32", max_num_seqs=16, kv_cache_memory_bytes=64 << 20,
-            structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True}, use_tqdm_on_load=False,
+            structured_outputs_config={"backend": arguments.backend, "disable_any_whitespace": True}, use_tqdm_on_load=False,
         )  # fmt: skip
-        extras = {f"diffusion_{key}": value for key, value in checkpoints.DECODING.get(name, {}).items()}
+        extras = {"diffusion_canvas_length": CANVAS_LENGTH} | checkpoints.DECODING.get(name, {})
         result[name] = run(llm, arguments.cases, extras, seed=1)
         print(name, result[name], flush=True)
         llm.llm_engine.engine_core.shutdown()

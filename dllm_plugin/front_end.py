@@ -63,13 +63,23 @@ def in_one_line(record: logging.LogRecord) -> bool:
 def complete(
     request: EngineCoreRequest, settings: EngineSettings, max_model_len: int, tokenizer: TokenizerLike | None
 ) -> None:
-    """Put token ids in the place of a suffix that is a text. Raises ValueError for a request that the engine cannot serve."""
+    """Put token ids in the place of a suffix that is a text, and add the end of turn to what ends an answer where it would be
+    seen. Raises ValueError for a request that the engine cannot serve.
+    """
     if request.resumable:
         raise ValueError("a session of streamed prompts is not supported; send one prompt a request")
     if type(request.priority) is not int:  # an engine process could not read it, nor a queue compare it
         raise ValueError(f"priority must be an integer, got {shown(request.priority)}; leave it out")
     sampling, prompt = request.sampling_params, request.prompt_token_ids
     assert sampling is not None and sampling.max_tokens is not None and prompt is not None  # vLLM has filled them in
+    if sampling.bad_words and tokenizer is None:
+        raise ValueError(
+            f"bad_words need a tokenizer, got {shown(sampling.bad_words)}, and skip_tokenizer_init is set; leave one of them "
+            "out, or give logit_bias for single tokens"
+        )
+    if not sampling.skip_special_tokens and settings.turn_end_token_id >= 0:
+        # models write it before EOS; a parser of tools or reasoning has special tokens shown, and would hand it on as content
+        sampling.update_from_generation_config({"eos_token_id": settings.turn_end_token_id}, sampling.eos_token_id)
     params = parse_request(sampling.extra_args, settings.defaults, settings.profiles)
     room = functools.partial(settings.answer_limit, params, len(prompt), sampling.max_tokens, max_model_len)
     if isinstance(text := params.suffix, str):

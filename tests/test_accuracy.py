@@ -4,6 +4,7 @@ import pytest
 from support.engines import engine
 from vllm import SamplingParams
 
+from dllm_plugin.checkpoints import DECODING, NAMES
 from dllm_plugin.checkpoints.tasks import questions
 from dllm_plugin.metrics import tokens_per_forward
 
@@ -55,3 +56,23 @@ def test_a_chat_of_three_turns_finds_its_history(checkpoint):
         chat.append({"role": "assistant", "content": output.outputs[0].text})
         length = len(output.prompt_token_ids) + len(output.outputs[0].token_ids)
     assert hits[0] <= 16 < hits[1] < hits[2] < length
+
+
+@pytest.mark.parametrize("checkpoint", NAMES)
+def test_no_text_shows_the_end_of_turn(checkpoint):
+    """A parser of tools or reasoning has special tokens shown, and none of them would take it out."""
+    chats = [[{"role": "user", "content": question.text}] for question in questions("held_out", 8, seed=1)]
+    hidden, shown, whole = (
+        engine(checkpoint).chat(
+            chats,
+            SamplingParams(
+                temperature=0, max_tokens=32, seed=0, extra_args=dict(DECODING.get(checkpoint, {})), **asked
+            ),
+            use_tqdm=False,
+        )
+        for asked in ({}, {"skip_special_tokens": False}, {"skip_special_tokens": False, "ignore_eos": True})
+    )
+    assert [output.outputs[0].text for output in shown] == [output.outputs[0].text for output in hidden]
+    assert {output.outputs[0].finish_reason for output in shown} == {"stop"}
+    # who asks for everything sees it
+    assert all("<|" in output.outputs[0].text for output in whole)

@@ -237,6 +237,17 @@ def request(llm, prompt, params, **given):
     return llm.llm_engine.input_processor.process_inputs("one", prompt, params, ("generate",), **given)
 
 
+def test_bad_words_without_a_tokenizer_are_refused():
+    """vLLM turns them into token ids where it has a tokenizer, and forgets them where it has none."""
+    params = SamplingParams(max_tokens=4, detokenize=False, bad_words=["cat"])
+    with pytest.raises(
+        ValueError, match=r"bad_words need a tokenizer, got \['cat'\], .* give logit_bias for single tokens"
+    ):
+        request(engine("llada"), {"prompt_token_ids": PROMPT}, params)
+    made = request(engine("tiny-llada"), {"prompt_token_ids": PROMPT}, params)
+    assert made.sampling_params.bad_words_token_ids
+
+
 def test_guidance_without_room_is_refused():
     """A guided request forwards two copies of itself."""
     guided, most = DiffusionParams(cfg_scale=1.0), SETTINGS.most_tokens // 2

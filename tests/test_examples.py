@@ -97,6 +97,17 @@ def test_a_batch_goes_on_where_it_stopped(
     assert target.read_text() == "".join(after)
 
 
+def test_rollouts_of_two_rounds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """The second one with weights that were loaded again, and by the same seed with the same samples."""
+    monkeypatch.setattr(sys, "argv", ["rollouts.py", "--samples", "2"])
+    runpy.run_path(str(EXAMPLES / "rollouts.py"))["main"]()
+    lines = capsys.readouterr().out.splitlines()
+    first, second = ([line for line in lines if line.startswith(f"round {number}")] for number in (0, 1))
+    assert len(first) == 3 and [line[8:] for line in first] == [line[8:] for line in second]
+    passes = [line.split("pass ")[1].split() for line in lines if "unmasked in pass" in line]
+    assert len(passes) == 6 and all("0" in one for one in passes)
+
+
 @pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_every_script_explains_itself(script: str) -> None:
     process = run(script, "--help")

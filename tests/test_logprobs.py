@@ -35,7 +35,15 @@ def test_a_trajectory_tells_when_each_token_was_written(checkpoint):
     completion = output.outputs[0]
     events = trajectory(completion)
     assert sorted(event.position for event in events) == list(range(TOKENS))
-    assert output.kv_transfer_params == {"diffusion": {"trajectory": [list(event) for event in events]}}
+    assert output.kv_transfer_params == {
+        "diffusion": {
+            "trajectory": [list(event) for event in events],
+            "block_length": 4,
+            "canvas_length": TOKENS,
+            "end": TOKENS,
+            "from_start": 0,
+        }
+    }
     ids = torch.tensor([*prompt, *[model.mask_token_id] * TOKENS])
     for number in range(max(event.forward_pass for event in events) + 1):
         logprobs = model.logits_for_positions(ids).float().log_softmax(1)
@@ -43,6 +51,7 @@ def test_a_trajectory_tells_when_each_token_was_written(checkpoint):
             at = len(prompt) + event.position
             said, told = logprobs[at], completion.logprobs[event.position]
             assert completion.token_ids[event.position] == event.token_id
+            assert told[event.token_id].logprob == pytest.approx(event.logprob)
             assert told[event.token_id].rank == int((said >= said[event.token_id]).sum())
             assert list(told)[:1] == [event.token_id]
             assert set(said.topk(NUM_LOGPROBS).indices.tolist()) <= set(told)

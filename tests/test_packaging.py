@@ -81,7 +81,8 @@ def test_the_package_imports_the_standard_library_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["params", "extras", "families", "scheduler.strategies", "checkpoints.tasks", "metrics", "cli"]
+    "module",
+    ["params", "extras", "families", "scheduler.strategies", "checkpoints.tasks", "metrics", "rollouts", "cli"],
 )
 def test_planning_imports_neither_torch_nor_vllm(module: str) -> None:
     assert not {"torch", "vllm", "transformers"} & modules_after(f"import dllm_plugin.{module}")

@@ -243,9 +243,10 @@ def assignments() -> Pairs:
             if isinstance(target, ast.Attribute) and not isinstance(target.ctx, ast.Load):
                 if target.attr in theirs if is_self(target.value) else target.attr not in ours:
                     found.add((function, target.attr))
-            elif isinstance(target, ast.Call) and "setattr" in (called := ast.unparse(target.func)):
-                if called != "super().__setattr__" and not is_self(target.args[0]):
-                    found.add((function, "setattr"))
+            elif not isinstance(target, ast.Call) or (called := ast.unparse(target.func)) == "super().__setattr__":
+                continue
+            elif "setattr" in called and not is_self(target.args[0]):
+                found.add((function, "setattr"))
     return found
 
 

@@ -1,84 +1,26 @@
 """Two real servers, each started once: the OpenAI client, and plain HTTP where the client would hide something."""
 
-import os
-import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from openai import APIError, BadRequestError, OpenAI
+from openai import APIError, BadRequestError
 from reference.likelihood import full_chain
 from support.checkpoints import reference
 from support.engines import engine
+from support.server import Server, start
 
 from dllm_plugin.checkpoints.tasks import questions
 
 BIN = Path(sys.executable).parent
-START_SECONDS = 400
 MESSAGES = [{"role": "user", "content": "Reverse the word cat."}]
 # the seed decides the order in which Dream's default policy takes positions, at temperature 0 too
 SHORT = {"max_tokens": 16, "temperature": 0, "seed": 1}
-
-
-@dataclass(frozen=True)
-class Server:
-    """A running server and the model it serves."""
-
-    process: subprocess.Popen
-    url: str
-    model: str
-    log: Path
-
-    @property
-    def client(self) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                if httpx.get(f"{self.url}/health").status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.2)
-        raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-4000:]}")
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGTERM)
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
-
-
-def start(command: list[str], model: str, log: Path) -> Server:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # a server's engine has a process of its own
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-    }
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-    return Server(process, f"http://127.0.0.1:{port}", model, log)
 
 
 @pytest.fixture(scope="module")
@@ -234,12 +176,12 @@ def test_the_likelihood_that_lm_eval_asks_for(llada: Server) -> None:
         "echo": True,
     }
     told = {}
-    for start in (0, num_context - len(ids)):
-        body = asked | {"vllm_xargs": {"diffusion_likelihood_start": start}}
+    for first in (0, num_context - len(ids)):
+        body = asked | {"vllm_xargs": {"diffusion_likelihood_start": first}}
         (choice,) = httpx.post(f"{llada.url}/v1/completions", json=body, timeout=60).json()["choices"]
         assert len(choice["logprobs"]["token_logprobs"]) == len(ids) + 1
-        told[start] = choice["logprobs"]["token_logprobs"][num_context:-1]
-        for own, best in zip(told[start], choice["logprobs"]["top_logprobs"][num_context:-1], strict=True):
+        told[first] = choice["logprobs"]["token_logprobs"][num_context:-1]
+        for own, best in zip(told[first], choice["logprobs"]["top_logprobs"][num_context:-1], strict=True):
             assert own in best.values()
     expected = full_chain(model, ids, num_context)
     for tokens in told.values():

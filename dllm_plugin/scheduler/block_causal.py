@@ -5,8 +5,10 @@ import math
 import sys
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
+from dllm_plugin.metrics import Extent
 from dllm_plugin.params import HOLE
 from dllm_plugin.scheduler.plan import Plan
 from dllm_plugin.scheduler.schedules import even_quota
@@ -56,6 +58,10 @@ class BlockCausalPlan(Plan):
     def _edge_behind(self, position: int) -> int:
         """The end of the block that holds the position."""
         return min(position // self.block_length * self.block_length + self.block_length, self.longest)
+
+    def extent(self, length: int) -> Extent:
+        end = self._edge_behind(length - 1) - self.prompt_length
+        return replace(super().extent(length), block_length=self.block_length, end=end, from_start=1)
 
     @property
     def next_canvas_length(self) -> int:

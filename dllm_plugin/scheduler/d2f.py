@@ -36,6 +36,10 @@ class D2FPlan(Plan):
       spent on it.
     """
 
+    @property
+    def block_length(self) -> int:
+        return self.params.block_length or DEFAULT_BLOCK_LENGTH
+
     def _begin_canvas(self) -> None:
         self._open: list[_Block] = []
         self._next_start = self.canvas_start
@@ -46,7 +50,7 @@ class D2FPlan(Plan):
     def _open_blocks(self) -> None:
         """Open the next block if it is due, and mark the blocks that must progress."""
         if self._may_open():
-            length = self.params.block_length or DEFAULT_BLOCK_LENGTH
+            length = self.block_length
             end = min(self._next_start + length, self.canvas_end)
             self._open.append(_Block(self._next_start, end, end - self._next_start))
             self._next_start = end
@@ -96,7 +100,7 @@ class D2FPlan(Plan):
                 for b in active
             ),
             settles_below=self.canvas_end,
-            attention=Attention("block_causal", self.canvas_start, params.block_length or DEFAULT_BLOCK_LENGTH),
+            attention=Attention("block_causal", self.canvas_start, self.block_length),
             caches=True,
             pipelined=True,
         )

@@ -5,6 +5,7 @@ unmasked in every step. What was unmasked to its right without the mask is accep
 masked again.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ class Constraint:
         self.manager = manager
         self.unmasked: dict[int, int] = {}
         self.refused: int | None = None
+        assert request.sampling_params is not None and request.sampling_params.structured_outputs is not None
+        self._is_json = request.sampling_params.structured_outputs.json is not None
         self._num_walked = 0  # tokens by which the matcher is ahead of what was emitted
 
     def keep(self, written: Iterable[Record]) -> None:
@@ -38,8 +41,13 @@ class Constraint:
     def accept(self, tokens: list[int], emitted: int) -> list[int]:
         """The first ones of the tokens behind what was ``emitted`` that the grammar takes; all where it has come to its end."""
         accepted = self.manager.validate_tokens(self.request, tokens)
-        if self._is_terminated or (accepted and accepted[-1] in self._stop_ids):
+        if (
+            self._is_terminated
+            or (accepted and accepted[-1] in self._stop_ids)
+            or (tokens and self._ends_with(tokens[0]))
+        ):
             accepted = tokens
+        accepted = self._before_control_character(accepted)
         for position in range(emitted, emitted + len(accepted)):
             self.unmasked.pop(position, None)
         if len(accepted) < len(tokens):
@@ -66,11 +74,14 @@ class Constraint:
                     again.pop(position, None)
             if token is None:
                 break
-            if not self._walk(token):
+            if token in self._stop_ids and allows(mask, token):
+                position, mask = position + 1, None
+            elif self._walk(token):
+                position, mask = position + 1, self._mask()
+            else:
                 again[position] = 1
                 del self.unmasked[position]
                 break
-            position, mask = position + 1, self._mask()
         self._walk_back()
         self.unmasked |= forced
         return GrammarStep(emitted, forced, tuple(again), position, mask), again | dict.fromkeys(forced, -1)
@@ -89,13 +100,38 @@ class Constraint:
     def _is_terminated(self) -> bool:
         return self._grammar.is_terminated()
 
+    def _ends_with(self, token: int) -> bool:
+        """Whether this token may end the answer now. Guidance's matcher has stopped by then, and takes no token any more."""
+        return token in self._stop_ids and ((mask := self._mask()) is None or allows(mask, token))
+
     def _mask(self) -> np.ndarray | None:
         """The words of the tokens that may come next; None where any may."""
         if self._is_terminated:
             return None
         words = self.manager.grammar_bitmask({self.request.request_id: self.request}, [self.request.request_id], {})
         assert words is not None
-        return None if (words[0] == -1).all() else words[0].copy()
+        if (words[0] == -1).all():
+            return None
+        mask = words[0].copy()
+        if self._is_json and (controls := control_characters(self.manager)) is not None:
+            nowhere, whitespace = controls
+            if (mask & nowhere).any():  # it is within a string
+                mask &= ~(nowhere | whitespace)
+        return mask
+
+    def _before_control_character(self, tokens: list[int]) -> list[int]:
+        """The first ones of the tokens that the matcher takes next, up to one that only a string without end would have."""
+        controls = control_characters(self.manager) if self._is_json else None
+        if controls is None or not any(allows(controls[0] | controls[1], token) for token in tokens):
+            return tokens
+        number = 0
+        while number < len(tokens) and ((mask := self._mask()) is None or allows(mask, tokens[number])):
+            if not self._walk(tokens[number]):  # it has come to its end
+                number = len(tokens)
+                break
+            number += 1
+        self._walk_back()
+        return tokens[:number]
 
     def _walk(self, token: int) -> bool:
         """Have the matcher take a token beyond the emitted ones; False where it does not."""
@@ -111,6 +147,11 @@ class Constraint:
             self._num_walked = 0
 
 
+def allows(mask: np.ndarray, token: int) -> bool:
+    """Whether the words of a mask have the bit of a token."""
+    return bool(int(mask[token // 32]) >> token % 32 & 1)
+
+
 def forced_token(mask: np.ndarray) -> int | None:
     """The one token that the words of a mask allow; None where they allow more."""
     words = np.flatnonzero(mask)
@@ -118,3 +159,25 @@ def forced_token(mask: np.ndarray) -> int | None:
         return None
     bits = int(mask[words[0]]) & 0xFFFFFFFF
     return int(words[0]) * 32 + bits.bit_length() - 1 if bits & (bits - 1) == 0 else None
+
+
+@functools.lru_cache(maxsize=1)
+def control_characters(manager: "StructuredOutputManager") -> tuple[np.ndarray, np.ndarray] | None:
+    """The words of tokens with characters below a blank, which JSON has in no string: those that it has nowhere, and the rest,
+    which may be whitespace. None where the matcher knows of it.
+
+    XGrammar 0.2 takes them in a string with ``minLength`` or ``maxLength``.
+    """
+    import xgrammar  # vLLM imports it where a request wants it, too
+    from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
+
+    if not isinstance(manager.backend, XgrammarBackend):
+        return None
+    size = manager.vllm_config.model_config.get_vocab_size()
+    vocabulary = xgrammar.TokenizerInfo.from_huggingface(manager.tokenizer, vocab_size=size).decoded_vocab
+    words = np.zeros((2, -(-len(vocabulary) // 32) * 32), np.uint8)
+    for token, text in enumerate(vocabulary):
+        if controls := {character for character in text if character < 0x20}:
+            words[int(controls <= set(b"\t\n\r")), token] = 1
+    nowhere, whitespace = np.packbits(words, axis=1, bitorder="little").view(np.int32)
+    return nowhere, whitespace

@@ -4,6 +4,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+from dllm_plugin.metrics import Extent
 from dllm_plugin.params import HOLE, DiffusionParams
 from dllm_plugin.scheduler.window import ActiveBlock, Window
 
@@ -49,6 +50,11 @@ class Plan(ABC):
         self.known: list[int] = []  # tokens that the canvas begins with where it is laid out again
 
     @property
+    def block_length(self) -> int | None:
+        """Positions of a block; None: all of the canvas."""
+        return self.params.block_length
+
+    @property
     def canvas_length(self) -> int:
         return self.canvas_end - self.canvas_start
 
@@ -82,6 +88,12 @@ class Plan(ABC):
         """True where no further canvas may begin: no room is left, a template is filled, the steps are spent."""
         ended = self.canvas_end >= self.limit or bool(self.params.template) or self.steps_are_spent
         return self.canvas_is_full and self.num_passes > 0 and ended
+
+    def extent(self, length: int) -> Extent:
+        """What was denoised for prompt and answer of this length."""
+        canvas_length = min(len(self.params.template) or self.params.canvas_length, self.limit - self.prompt_length)
+        block_length = min(self.block_length or canvas_length, canvas_length)
+        return Extent(block_length, canvas_length, self.canvas_end - self.prompt_length, from_start=0)
 
     def start_canvas(self) -> None:
         """Lay out a canvas of masks after everything that is final."""

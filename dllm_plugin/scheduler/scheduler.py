@@ -7,7 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -84,7 +84,8 @@ class Denoising:
             return
         for number, records in enumerate(written, self.plan.num_passes):
             self.trajectory += [
-                Event(number, each.position - num_prompt, each.token, each.confidence) for each in records
+                Event(number, each.position - num_prompt, each.token, each.confidence, each.logprobs[0])
+                for each in records
             ]
 
     def forget_from(self, forward_pass: int) -> None:
@@ -323,10 +324,11 @@ class DiffusionScheduler(Scheduler):
         denoising, metrics = self.denoising[request.request_id], request.spec_decode_metrics
         kv_params, ec_params = super()._free_request(request, *args, **kwargs)
         if denoising.plan.params.trajectory and metrics is not None:
-            write_trajectory(metrics, denoising.trajectory)
-            kv_params = (kv_params or {}) | {
-                "diffusion": {"trajectory": [list(event) for event in denoising.trajectory]}
-            }
+            extent = denoising.plan.extent(request.num_tokens)
+            write_trajectory(metrics, extent, denoising.trajectory)
+            # JSON has no infinity, which a grammar's position and EOS that is taken last are ranked by
+            events = [[x if math.isfinite(x) else None for x in event] for event in denoising.trajectory]
+            kv_params = (kv_params or {}) | {"diffusion": {"trajectory": events, **asdict(extent)}}
         return kv_params, ec_params
 
     def _free_blocks(self, request: Request) -> None:
@@ -458,7 +460,7 @@ class DiffusionScheduler(Scheduler):
             seed=denoising.seed,
             answer_start=request.num_prompt_tokens,
             controls=Controls.of(sampling),
-            num_logprobs=self._number_asked(sampling.num_logprobs),
+            num_logprobs=max(self._number_asked(sampling.num_logprobs), plan.params.trajectory - 1),
             logprob_ids=tuple(sampling.logprob_token_ids or ()),
             has_grammar=denoising.constraint is not None,
             num_prompt_logprobs=self._number_asked(sampling.prompt_logprobs),
