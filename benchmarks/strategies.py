@@ -2,6 +2,7 @@
 
     python benchmarks/strategies.py --questions 200
     python benchmarks/strategies.py --checkpoint tiny-sdar --checkpoint tiny-llada2     # the block-diffusion families
+    python benchmarks/strategies.py --refreshes         # what refreshes that forward less give, and nothing else
     python benchmarks/strategies.py --table FILE    # the table of docs/performance.md out of a result that --json wrote
 
 For each checkpoint a table of caches × ways to choose how much a step unmasks: share of exactly right answers, forward
@@ -60,6 +61,15 @@ ROOT = Path(__file__).parents[1]
 CHECKPOINTS = ("tiny-llada", "tiny-dream", "tiny-d2f", *block_families.PACES)
 CACHES = ("none", "prefix", "dual")
 HEADLINE = "threshold 0.9"
+REFRESHES: dict[str, dict[str, int]] = {  # of the dual cache
+    "dual": {},
+    "prompt once": {"prompt_refresh": 0},
+    "prompt / 2 blocks": {"prompt_refresh": 2},
+    "window 8": {"refresh_window": 8},
+    "window 0": {"refresh_window": 0},
+    "vicinity 4": {"prompt_refresh": 1, "cache_refresh": 1, "refresh_window": 4},  # dInfer's
+}
+SHORT_BLOCK = 2  # an answer has about six tokens: several blocks, so that there is something to refresh
 
 
 # ---- rows of the table
@@ -130,10 +140,14 @@ def drift(llm: LLM, asked: Sequence[Question], extras: dict[str, Any], name: str
 
 
 def drift_of(engine: Engine, prompts: Sequence[list[int]], plain: dict[str, Any], extras: dict[str, Any]) -> float:
-    without, cached = (engine.serve(prompts, settings, 16, ignore_eos=True) for settings in (plain, extras))
+    return share_differing(*(engine.serve(prompts, settings, 16, ignore_eos=True) for settings in (plain, extras)))
+
+
+def share_differing(without: Sequence[Any], cached: Sequence[Any]) -> float:
+    """Of the tokens of completions of whole canvases."""
     pairs = zip(without, cached, strict=True)
     differing = sum(a != b for x, y in pairs for a, b in zip(x.token_ids, y.token_ids, strict=True))
-    return differing / (CANVAS * len(prompts))
+    return differing / (CANVAS * len(without))
 
 
 def report_drift(engine: Engine, asked: Sequence[Question], block_length: int) -> dict[str, float]:
@@ -146,6 +160,23 @@ def report_drift(engine: Engine, asked: Sequence[Question], block_length: int) -
             report[label] = round(drift_of(engine, prompts, plain, plain | mode), 4)
             print(f"drift of {engine.name}, {label}: {100 * report[label]:.2f} % of {CANVAS * len(prompts)} tokens")
     return report
+
+
+def measure_refreshes(engine: Engine, asked: Sequence[Question], repeats: int) -> tuple[list[Row], dict[str, float]]:
+    """Rows of the dual cache at batch 16 in blocks of `SHORT_BLOCK`, one for each refresh, and the drift of each."""
+    prompts, rows, drifts = tokenized(engine.llm, asked), [], {}
+    for pace in ({}, {"threshold": 0.9}):
+        plain, label = {"block_length": SHORT_BLOCK} | pace, HEADLINE if pace else ONE_A_STEP
+        without = engine.serve(prompts, plain, 16, ignore_eos=True)
+        for name, refresh in {"none": {}, **REFRESHES}.items():
+            extras = plain | ({} if name == "none" else {"cache": "dual"} | refresh)
+            rows.append(measure_row(engine, asked, name, label, extras, 16, repeats)[0])
+            print_row(rows[-1])
+            if name != "none":
+                share = share_differing(without, engine.serve(prompts, extras, 16, ignore_eos=True))
+                drifts[f"{name}, {label}"] = round(share, 4)
+                print(f"  drift {100 * share:.2f} % of {CANVAS * len(prompts)} tokens")
+    return rows, drifts
 
 
 # ---- what is printed
@@ -243,6 +274,9 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "accuracy_over_tpf.png", help="file to write")
     parser.add_argument("--json", type=Path, help="also write the result here")
     parser.add_argument("--table", type=Path, help="print the table of this result as Markdown, measure nothing")
+    parser.add_argument(
+        "--refreshes", action="store_true", help="measure refreshes under full attention, and nothing else"
+    )
     parser.add_argument("--quick", action="store_true", help="a few questions and one threshold: does it run at all?")
     args = parser.parse_args()
     if args.table:
@@ -254,9 +288,9 @@ def main() -> None:
     wanted = args.checkpoint or CHECKPOINTS
     asked = questions("held_out", args.questions, args.seed)
 
-    threads = torch.get_num_threads()
+    threads, block_length = torch.get_num_threads(), SHORT_BLOCK if args.refreshes else args.block_length
     print(f"float32, CPU with {threads} thread(s), torch {torch.__version__}, vLLM {vllm_version}")
-    print(f"{len(asked)} questions, canvas of {CANVAS} in blocks of {args.block_length}, KV blocks of {PAGE} positions")
+    print(f"{len(asked)} questions, canvas of {CANVAS} in blocks of {block_length}, KV blocks of {PAGE} positions")
     print_heading()
     rows, drifts = [], {}
     for name in wanted:
@@ -266,7 +300,11 @@ def main() -> None:
         if engine is None:
             print(f"{name:<11} not run: the package has no such checkpoint")
             continue
-        if name == "tiny-d2f":
+        if args.refreshes:
+            if name != "tiny-d2f":
+                of_engine, drifts[name] = measure_refreshes(engine, asked, args.repeats)
+                rows += of_engine
+        elif name == "tiny-d2f":
             rows += measure_all(engine, d2f_paces(thresholds, args.d2f_block_length), asked, args.few, args.repeats)
         else:
             rows.append(measure_reference(engine, asked[: args.few], args.block_length, args.repeats))
@@ -274,10 +312,10 @@ def main() -> None:
             paces = full_attention_paces(thresholds, args.block_length)
             rows += measure_all(engine, paces, asked, args.few, args.repeats)
             drifts[name] = report_drift(engine, asked, args.block_length)
-    result = headline(rows) | {"drift": drifts}
-    if rows:
+    result = {"drift": drifts} if args.refreshes else headline(rows) | {"drift": drifts}
+    if rows and not args.refreshes:
         plot(rows, args.plot)
-    of_blocks = [name for name in wanted if name in block_families.PACES]
+    of_blocks = [name for name in wanted if name in block_families.PACES and not args.refreshes]
     if of_blocks:
         block_rows, figures = block_families.measure_all(of_blocks, asked, args.few, args.repeats, args.long_repeats)
         rows += block_rows

@@ -146,6 +146,18 @@ class DiffusionParams:
     cache_refresh: int = _parameter(
         Rule(int, 0, MOST), 0, "also forward everything every this many steps of a block; 0: at its first step only"
     )
+    prompt_refresh: int | None = _parameter(
+        Rule(int, 0, MOST),
+        None,
+        "forward the prompt anew in the refreshes of every so many blocks, in the others from the canvas on; 0: once a canvas. "
+        "Default: 1, beside diffusion_refresh_window 0",
+    )
+    refresh_window: int | None = _parameter(
+        Rule(int, 0, MOST),
+        None,
+        "a refresh forwards the block and so many positions on either side, unless it is the first of a block whose turn it is "
+        "by diffusion_prompt_refresh; default: everything",
+    )
     strategy: str = _parameter(
         Rule(str, choices=("full", "d2f", "block")),
         "full",

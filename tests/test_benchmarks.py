@@ -44,6 +44,15 @@ def test_strategies(tmp_path: Path):
     assert all(0 <= share <= 1 for drifts in result["drift"].values() for share in drifts.values())
 
 
+def test_refreshes():
+    result = last_line("strategies.py", "--quick", "--questions", "2", "--refreshes", "--checkpoint", "tiny-llada")
+    decoders = ["none", "dual", "prompt once", "prompt / 2 blocks", "window 8", "window 0", "vicinity 4"]
+    assert [(row["decoder"], row["pace"]) for row in result["rows"]] == [
+        (decoder, pace) for pace in ("one a step", "threshold 0.9") for decoder in decoders
+    ]
+    assert set(result["drift"]) == {"tiny-llada"} and len(result["drift"]["tiny-llada"]) == 12
+
+
 def test_block_families():
     """It compares the engine's answers with the reference's itself, and looks for the hits of a second turn."""
     of_blocks = ("--checkpoint", "tiny-sdar", "--checkpoint", "tiny-llada2")

@@ -44,6 +44,8 @@ VALUES = {
     "max_steps": _COUNT,
     "cache": (list(RULES["cache"].choices), _CHOICE_WRONG),
     "cache_refresh": ([0, 1, 1_000_000], [-1, 1_000_001, 1.0, "1", True, None]),
+    "prompt_refresh": ([0, 1, 1_000_000], [-1, 1_000_001, 1.0, "1", True, None]),
+    "refresh_window": ([0, 1, 1_000_000], [-1, 1_000_001, 1.0, "1", True, None]),
     "strategy": (["full", "d2f"], _CHOICE_WRONG),
     "block_steps": _COUNT,
     "sub_block_length": _COUNT,

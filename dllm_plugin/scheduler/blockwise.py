@@ -18,8 +18,10 @@ from dllm_plugin.scheduler.window import ActiveBlock, Window
 class BlockwisePlan(Plan):
     """One active block after the other under full attention, with Fast-dLLM's caches or none.
 
-    Without a cache every step forwards the whole sequence. With ``prefix`` or ``dual`` the first step of a block does,
-    and every ``cache_refresh``-th; the steps between forward the block and all behind it, or the block alone.
+    Without a cache every step forwards the whole sequence. With ``prefix`` or ``dual`` the first step of a block is a refresh,
+    and so is every ``cache_refresh``-th; the steps between forward the block and all behind it, or the block alone. The first
+    refresh of a canvas forwards the whole sequence, since preemption may have taken every page; the others what
+    ``prompt_refresh`` and ``refresh_window`` leave of it.
     """
 
     def _begin_canvas(self) -> None:
@@ -126,9 +128,9 @@ class BlockwisePlan(Plan):
         block = ActiveBlock(start, end, num_masked, quota, threshold, params.factor or 0.0)
         length = self.canvas_end + self.num_suffix
         if self._refreshes(since, timestep):
-            first, last = 0, length
+            first, last = self._refreshed(is_first=since == 0)
         else:
-            first, last = start - self.shift, length if params.cache == "prefix" else end
+            first, last = start - self.shift, self._last(end)
         return Window(
             start=first,
             end=last,
@@ -140,12 +142,32 @@ class BlockwisePlan(Plan):
         )
 
     def _refreshes(self, since: int, timestep: int) -> bool:
-        """Whether the timestep, or one from ``since`` on that was passed over, forwards everything.
+        """Whether the timestep, or one from ``since`` on that was passed over, is a refresh.
 
         The canvas has not changed since a timestep that was passed over, so refreshing later is the same.
         """
         refresh = self.params.cache_refresh
         return self.params.cache == "none" or (timestep - timestep % refresh >= since if refresh else since == 0)
+
+    def _refreshed(self, is_first: bool) -> tuple[int, int]:
+        """What a refresh of the active block forwards; ``is_first``: it is the first one."""
+        params, (start, end) = self.params, self._blocks[self._block]
+        length, before = self.canvas_end + self.num_suffix, sum(masks > 0 for masks in self._masks[: self._block])
+        every, reach = params.prompt_refresh, params.refresh_window
+        if every is None:
+            every = 1 if reach is None else 0
+        has_come_round = before % every == 0 if every else before == 0 and is_first
+        if params.cache == "none" or (is_first and has_come_round):
+            return 0, length
+        first = 0 if has_come_round else self.canvas_start - self.shift
+        if reach is None:
+            return first, length
+        return max(first, start - self.shift - reach), self._last(end + reach)
+
+    def _last(self, end: int) -> int:
+        """Where a window ends that need not go beyond ``end``."""
+        length = self.canvas_end + self.num_suffix
+        return length if self.params.cache == "prefix" else min(end, length)
 
     def _next_timestep(self, timestep: int, num_masked: int) -> int:
         """The first timestep of the active block, from ``timestep`` on, that unmasks something."""

@@ -8,6 +8,8 @@ line but for whose turn it is to be forwarded. Deviations beyond those of `decod
 - `factor` accepts a last rank only if it passes; the published loop accepts it whatever it is.
 - Confidences are float32, not float64.
 - `cache_refresh` n forwards everything every n steps of a block, not at its first step alone; 1 is no cache at all.
+- `prompt_refresh` and `refresh_window` have refreshes forward less: the prompt at an interval of its own, as in dLLM-Cache, and
+  no more than the block's vicinity, as in dInfer. The published loops forward everything.
 
 Dream's published cache commits the first token of a block from the full forward pass whatever its confidence, because
 its row is not in the window afterwards. Here the window begins one position early, so every pass has the right row, and
@@ -58,6 +60,8 @@ def generate(
     *,
     cache: str = "none",
     cache_refresh: int = 0,
+    prompt_refresh: int | None = None,
+    refresh_window: int | None = None,
     threshold: float | None = None,
     factor: float | None = None,
     remasking: str = "low_confidence",
@@ -74,12 +78,18 @@ def generate(
     nothing; otherwise as much as the schedule of `remasking` says: LLaDA's even shares for `llada.REMASKING`, Dream's
     time schedule for `dream.ALGORITHMS`. "random" and "origin" take `uniforms`. The pass number `max_steps` unmasks all
     that is left, and is run over the whole sequence.
+
+    A refresh forwards everything in the blocks 0, n, 2n ... of those with a mask, n = `prompt_refresh`, in the others the
+    canvas and what follows. 0: everything once, in the first pass. None: 1, or 0 where there is a `refresh_window`. Of these
+    positions a `refresh_window` leaves so many on each side of the block, except in the first pass of blocks 0, n, 2n ...
     """
     if cache not in CACHES:
         raise ValueError(f"cache is one of {', '.join(CACHES)}, not {cache!r}")
     canvas = Infilling(prompt_ids, gen_length, model.mask_token_id, stop_ids, suffix_ids=suffix_ids, template=template)
     before, length = len(prompt_ids), len(canvas.ids)
     cached = (CachedBlockModel if isinstance(model, BlockModel) else CachedModel)(model, length)
+    every = prompt_refresh if prompt_refresh is not None else int(refresh_window is None)
+    started: list[Block] = []
     for block in blocks(gen_length, block_length, max(steps, -(-gen_length // (block_length or gen_length)))):
         quotas = llada.transfer_counts(len(canvas.candidates(block)), block.steps)
         times, shares = dream.transfer_times(block.steps, eps), dream.transfer_shares(block.steps, eps)
@@ -88,16 +98,28 @@ def generate(
             if len(candidates) == 0 or canvas.stopped:
                 break
             forward = canvas.num_steps
+            if step == 0:
+                started.append(block)
             last = max_steps is not None and len(canvas.trace) == max_steps - 1
             if last:
                 candidates = canvas.masked.nonzero()[:, 0]
 
             # what is forwarded; everything else keeps the keys and values of the pass that last forwarded it
             refreshed = step == 0 or (cache_refresh > 0 and step % cache_refresh == 0)
-            if cache == "none" or refreshed or last:
+            number = len(started) - 1
+            with_prompt = (number % every == 0) if every > 0 else (number == 0 and step == 0)
+            whole = with_prompt and (step == 0 or refresh_window is None)
+            if cache == "none" or (refreshed and whole) or last:
                 first, logits = 0, model.logits_for_positions(canvas.ids)
                 if cache != "none":
                     cached.forward(canvas.ids, 0, length, length)
+            elif refreshed:
+                first, end = (cached.shift if with_prompt else before), length
+                if refresh_window is not None:
+                    first = max(first, before + block.start - refresh_window)
+                    if cache == "dual":
+                        end = min(length, before + block.end + refresh_window)
+                logits = cached.logits_for_positions(canvas.ids, first, end, length)
             elif cache == "prefix":
                 first = before + block.start
                 logits = cached.logits_for_positions(canvas.ids, first, length, length)

@@ -127,6 +127,75 @@ def test_refresh_of_one_is_no_cache_at_all():
         assert table(cached) == table(plain)
 
 
+EVERYTHING, CANVAS = (0, 26), (9, 26)  # a prompt of 10, four blocks of 4; the family is shifted
+
+
+@pytest.mark.parametrize(
+    "given, refreshes",
+    [
+        ({}, [EVERYTHING] * 8),
+        ({"prompt_refresh": 1}, [EVERYTHING] * 8),
+        ({"prompt_refresh": 0}, [EVERYTHING, *[CANVAS] * 7]),
+        ({"prompt_refresh": 2}, [*[EVERYTHING] * 2, *[CANVAS] * 2] * 2),
+        ({"prompt_refresh": 9}, [*[EVERYTHING] * 2, *[CANVAS] * 6]),
+        # two positions on each side, within the canvas
+        (
+            {"refresh_window": 2},
+            [EVERYTHING, (9, 16), (11, 20), (11, 20), (15, 24), (15, 24), (19, 26), (19, 26)],
+        ),
+        # the first of every block, as in dInfer; the others reach into the prompt
+        (
+            {"refresh_window": 2, "prompt_refresh": 1},
+            [EVERYTHING, (7, 16), EVERYTHING, (11, 20), EVERYTHING, (15, 24), EVERYTHING, (19, 26)],
+        ),
+        (
+            {"refresh_window": 2, "prompt_refresh": 2},
+            [EVERYTHING, (7, 16), (11, 20), (11, 20), EVERYTHING, (15, 24), (19, 26), (19, 26)],
+        ),
+        ({"refresh_window": 99}, [EVERYTHING, *[CANVAS] * 7]),
+    ],
+    ids=str,
+)
+def test_what_a_refresh_forwards(given, refreshes):
+    """Of steps 0 and 2 of each block, which unmask one position each; the others forward the block alone."""
+    plan = plan_of(tokens=16, block_length=4, cache="dual", cache_refresh=2, shift=1, **given)
+    rows = table(plan)
+    assert [(start, end) for start, end, *_ in rows[::2]] == refreshes
+    assert [(start, end) for start, end, *_ in rows[1::2]] == [(9 + 4 * (i // 2), 14 + 4 * (i // 2)) for i in range(8)]
+    assert {visible for _, _, visible, _ in rows} == {26}
+
+
+def test_a_refresh_of_the_prefix_cache_ends_where_its_steps_do():
+    plan = plan_of(block_length=4, steps=4, cache="prefix", refresh_window=1)
+    assert [(start, end) for start, end, *_ in table(plan)] == [(0, 18), (10, 18), (13, 18), (14, 18)]
+
+
+def test_every_canvas_begins_with_everything():
+    """Its pages may be new: a preempted request begins its canvas again."""
+    plan = plan_of(
+        tokens=12, canvas_length=8, block_length=4, steps=2, cache="dual", prompt_refresh=0, refresh_window=0
+    )
+    assert [(start, end) for start, end, *_ in table(plan)] == [(0, 18), (14, 18)]
+    plan.start_canvas()
+    assert [(start, end) for start, end, *_ in table(plan)] == [(0, 22)]
+    plan = plan_of(tokens=8, block_length=4, steps=2, cache="dual", prompt_refresh=0)
+    plan.advance([0])
+    assert plan.window.start == 10
+    plan.restart_canvas()
+    assert (plan.window.start, plan.window.end) == (0, 18)
+
+
+def test_blocks_that_a_template_pins_do_not_count():
+    template = (5, 5, HOLE, HOLE, 5, 5, HOLE, HOLE, HOLE, HOLE)
+    plan = plan_of(template=template, block_length=2, steps=5, cache="dual", prompt_refresh=2)
+    assert [(start, end) for start, end, *_ in table(plan) if end - start > 2] == [(0, 20), (10, 20), (0, 20)]
+
+
+def test_without_a_cache_nothing_is_refreshed_in_part():
+    plan = plan_of(block_length=4, steps=4, prompt_refresh=0, refresh_window=0)
+    assert table(plan) == table(plan_of(block_length=4, steps=4))
+
+
 def test_blocks_that_do_not_divide():
     plan = plan_of(prompt=3, tokens=10, block_length=4, steps=3, cache="dual")
     assert table(plan) == [
@@ -399,6 +468,8 @@ blockwise = st.fixed_dictionaries(
         "canvas_length": lengths,
         "cache": st.sampled_from(["none", "prefix", "dual"]),
         "cache_refresh": st.integers(0, 4),
+        "prompt_refresh": st.none() | st.integers(0, 3),
+        "refresh_window": st.none() | st.integers(0, 12),
         "max_steps": st.none() | st.integers(1, 30),
         "remasking": st.sampled_from(["low_confidence", "sequential", "maskgit_plus", "origin"]),
         "threshold": st.none() | st.just(0.9),
@@ -412,6 +483,8 @@ templated = st.fixed_dictionaries(
         "steps": st.none() | st.integers(1, 60),
         "cache": st.sampled_from(["none", "prefix", "dual"]),
         "cache_refresh": st.integers(0, 4),
+        "prompt_refresh": st.none() | st.integers(0, 3),
+        "refresh_window": st.none() | st.integers(0, 12),
         "max_steps": st.none() | st.integers(1, 30),
     }
 )
