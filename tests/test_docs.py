@@ -33,9 +33,29 @@ def test_readme_is_short() -> None:
 def test_every_make_target_named_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
     named = set(re.findall(r"(?:^|`)make ([a-z-]+)", TEXT, flags=re.MULTILINE))
-    assert named == {"demo", "test", "test-release", "check", "bench"}
+    assert named == {"demo", "test", "test-release", "check", "bench", "docs"}
     for target in named:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def places(nav: list | str) -> list[str]:
+    """The documents of a part of mkdocs.yml's nav, in its order."""
+    if isinstance(nav, str):
+        return [nav]
+    return [name for entry in nav for part in entry.values() for name in places(part)]
+
+
+def test_every_document_has_one_place_in_the_site() -> None:
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    assert sorted(places(nav)) == sorted(Path(name).name for name in DOCUMENTS)
+
+
+@pytest.mark.parametrize("name", sorted(DOCUMENTS))
+def test_the_site_shows_lists_as_github_does(name: str) -> None:
+    """Python-Markdown nests what is indented by four, and sees no list right after a line of text."""
+    prose = re.sub(r"^```.*?^```$", "", DOCUMENTS[name], flags=re.DOTALL | re.MULTILINE)
+    assert re.findall(r"^ {1,3}(?:[-*+]|\d+\.) .*", prose, flags=re.MULTILINE) == []
+    assert re.findall(r"^(?![-*+#|\d\s]).+\n(?:[-*+]|\d+\.) .*", prose, flags=re.MULTILINE) == []
 
 
 def test_every_file_named_exists() -> None:
