@@ -34,7 +34,7 @@ demo: $(READY)
 JOBS ?= $(shell nproc)
 TEST_FILES := $(wildcard tests/kernels/test_*.py tests/scheduler/test_*.py tests/test_*.py)
 LONG := $(addprefix tests/,test_strategies.py test_parity.py kernels/test_compile.py test_server.py test_tensor_parallel.py \
-	test_benchmarks.py test_block_prefix_caching.py test_block_families.py test_odd_values.py test_records.py)
+	test_benchmarks.py test_tools.py test_docs.py test_block_prefix_caching.py test_block_families.py test_odd_values.py test_records.py)
 TESTS := $(addprefix run-,$(LONG) $(filter-out $(LONG),$(TEST_FILES)))
 
 test: $(READY)
