@@ -67,9 +67,11 @@ FIXED = [  # settings of the fixed questions
 
 
 def ask_for(prompt: Sequence[int], max_tokens: int, extras: dict[str, Any] | None = None, **sampling: Any) -> dict:
-    """A request of exactly so many tokens, greedy where `sampling` says nothing else."""
+    """A request of exactly so many tokens, greedy, one a step and in one block where nothing else is said."""
     always = {"model": MODEL, "ignore_eos": True, "return_token_ids": True, "temperature": 0}
-    return always | {"prompt": list(prompt), "max_tokens": max_tokens, "vllm_xargs": extras or {}} | sampling
+    one_a_step = dict.fromkeys(("diffusion_steps", "diffusion_block_length", "diffusion_canvas_length"), max_tokens)
+    asked = {"prompt": list(prompt), "max_tokens": max_tokens, "vllm_xargs": one_a_step | (extras or {})}
+    return always | asked | sampling
 
 
 def fixed(prompts: Sequence[Sequence[int]]) -> list[dict]:

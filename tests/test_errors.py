@@ -341,9 +341,9 @@ def test_the_admission_class_of_an_engine_travels_with_its_settings():
 
 
 def test_admission_knows_the_defaults_of_its_engine():
-    """Two steps cannot unmask four blocks; where a threshold of the engine says how many they are, steps are unused."""
+    """Two steps cannot unmask four blocks; under the engine's strategy d2f, steps are unused."""
     asked = SamplingParams(max_tokens=16, extra_args={"diffusion_steps": 2, "diffusion_block_length": 4})
-    admission.check_sampling_params(asked, replace(SETTINGS, defaults=DiffusionParams(threshold=0.9)))
+    admission.check_sampling_params(asked, replace(SETTINGS, defaults=DiffusionParams(strategy="d2f")))
     with pytest.raises(ValueError, match="2 steps cannot unmask 4 blocks"):
         admission.check_sampling_params(asked, SETTINGS)
 
