@@ -11,6 +11,7 @@ import pytest
 import test_parity
 import test_strategies
 import torch
+from support import strategy_cases
 from support.cases import difference, random_prompt
 from support.checkpoints import EOS
 from support.engines import drive, engine, model_runner
@@ -63,12 +64,12 @@ def recording(monkeypatch) -> Iterator[Callable]:
 @pytest.mark.parametrize("checkpoint", FAMILIES)
 def test_every_strategy(recording, checkpoint):
     llm, rerun = recording(checkpoint)
-    policy = {"remasking": test_strategies.by_probability(checkpoint)}
-    strategies = ({}, *test_strategies.CACHES, {"cache": "dual", "threshold": 0.05}, {"cache": "prefix", "factor": 0.7})
-    cases = test_strategies.grid(checkpoint, test_strategies.SHAPES, *(policy | strategy for strategy in strategies))
+    policy = {"remasking": strategy_cases.by_probability(checkpoint)}
+    strategies = ({}, *strategy_cases.CACHES, {"cache": "dual", "threshold": 0.05}, {"cache": "prefix", "factor": 0.7})
+    cases = strategy_cases.grid(checkpoint, strategy_cases.SHAPES, *(policy | strategy for strategy in strategies))
     cases += [case for case in test_strategies.PIPELINED if case.checkpoint == checkpoint]
-    outputs = test_strategies.run(llm, cases) + test_strategies.run(llm, cases[::3], alone=True)
-    wrong = [test_strategies.difference(*pair) for pair in zip(cases + cases[::3], outputs, strict=True)]
+    outputs = strategy_cases.run(llm, cases) + strategy_cases.run(llm, cases[::3], alone=True)
+    wrong = [difference(*pair) for pair in zip(cases + cases[::3], outputs, strict=True)]
     assert not any(wrong), "\n".join(filter(None, wrong))
     assert rerun.num_replays > 50 and len(rerun.recorded) > 5
 
@@ -92,9 +93,9 @@ def test_a_graph_does_not_keep_the_pace_it_was_recorded_with(recording, rule):
     ((name, values),) = rule.items()
     settings = {"remasking": "low_confidence", "block_length": 8}
     for value in values:
-        (one,) = test_strategies.grid("llada", test_strategies.SHAPES[:1], settings | {name: value})
-        (output,) = test_strategies.run(llm, [one])
-        assert not test_strategies.difference(one, output)
+        (one,) = strategy_cases.grid("llada", strategy_cases.SHAPES[:1], settings | {name: value})
+        (output,) = strategy_cases.run(llm, [one])
+        assert not difference(one, output)
     assert len(rerun.recorded) == 1 and rerun.num_replays > 0
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support.cases import difference, expected
 from support.engines import engine
-from test_strategies import (
+from support.strategy_cases import (
     CACHED,
     FAMILIES,
     SHAPES,
@@ -23,6 +23,7 @@ from test_strategies import (
     grid,
     result,
     run,
+    run_mixed,
     without_steps,
 )
 from vllm.outputs import RequestOutput
@@ -65,10 +66,7 @@ assert len({case.id for case in ALL}) == len(ALL)
 
 @functools.cache
 def together(family: str) -> dict[str, RequestOutput]:
-    """Outputs of all cases of a family in one call, in an order that mixes their kinds."""
-    cases = [case for case in ALL if case.checkpoint == family]
-    random.Random(1).shuffle(cases)
-    return {case.id: output for case, output in zip(cases, run(engine(family), cases), strict=True)}
+    return run_mixed([case for case in ALL if case.checkpoint == family])
 
 
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.id)
