@@ -113,16 +113,16 @@ class Constraint:
         if (words[0] == -1).all():
             return None
         mask = words[0].copy()
-        if self._is_json and (controls := control_characters(self.manager)) is not None:
-            nowhere, whitespace = controls
-            if (mask & nowhere).any():  # it is within a string
-                mask &= ~(nowhere | whitespace)
+        if self._is_json and (words_of := control_characters(self.manager)) is not None:
+            controls, whitespace = words_of
+            if (mask & controls & ~whitespace).any():  # it is within a string
+                mask &= ~controls
         return mask
 
     def _before_control_character(self, tokens: list[int]) -> list[int]:
         """The first ones of the tokens that the matcher takes next, up to one that only a string without end would have."""
-        controls = control_characters(self.manager) if self._is_json else None
-        if controls is None or not any(allows(controls[0] | controls[1], token) for token in tokens):
+        words_of = control_characters(self.manager) if self._is_json else None
+        if words_of is None or not any(allows(words_of[0], token) for token in tokens):
             return tokens
         number = 0
         while number < len(tokens) and ((mask := self._mask()) is None or allows(mask, tokens[number])):
@@ -163,8 +163,8 @@ def forced_token(mask: np.ndarray) -> int | None:
 
 @functools.lru_cache(maxsize=1)
 def control_characters(manager: "StructuredOutputManager") -> tuple[np.ndarray, np.ndarray] | None:
-    """The words of tokens with characters below a blank, which JSON has in no string: those that it has nowhere, and the rest,
-    which may be whitespace. None where the matcher knows of it.
+    """The words of all tokens with characters below a blank, which JSON has in no string, and of those among them that may be
+    whitespace outside of one. None where the matcher knows of it.
 
     XGrammar 0.2 takes them in a string with ``minLength`` or ``maxLength``.
     """
@@ -177,7 +177,7 @@ def control_characters(manager: "StructuredOutputManager") -> tuple[np.ndarray, 
     vocabulary = xgrammar.TokenizerInfo.from_huggingface(manager.tokenizer, vocab_size=size).decoded_vocab
     words = np.zeros((2, -(-len(vocabulary) // 32) * 32), np.uint8)
     for token, text in enumerate(vocabulary):
-        if controls := {character for character in text if character < 0x20}:
-            words[int(controls <= set(b"\t\n\r")), token] = 1
-    nowhere, whitespace = np.packbits(words, axis=1, bitorder="little").view(np.int32)
-    return nowhere, whitespace
+        if found := {character for character in text if character < 0x20}:
+            words[:, token] = 1, found <= set(b"\t\n\r")
+    controls, whitespace = np.packbits(words, axis=1, bitorder="little").view(np.int32)
+    return controls, whitespace
