@@ -11,14 +11,14 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from dllm_plugin.admission import UNSUPPORTED, DiffusionAdmission, admission_for
 from dllm_plugin.extras import (
     ENGINE_WIDE,
+    apply_engine_settings,
     check_engine_settings,
     check_token_ids,
     engine_settings,
-    parse_engine_defaults,
 )
 from dllm_plugin.families import family_of
 from dllm_plugin.messages import shown
-from dllm_plugin.params import BLOCK, DEFAULT_PROFILE, PROFILES, DiffusionParams, resolve
+from dllm_plugin.params import BLOCK, DEFAULT_PROFILE, PROFILES, DiffusionParams
 from dllm_plugin.plugin import TOKENIZER_MODE
 from dllm_plugin.settings import EngineSettings, model_config_of
 
@@ -45,12 +45,12 @@ def engine_profiles(vllm_config: "VllmConfig") -> dict[str, DiffusionParams]:
     if family.attention == "block_causal":
         exact = replace(exact, strategy=BLOCK, block_length=model.hf_config.block_length, confidence="tempered")
     elif given.get("strategy") == "d2f":
-        exact = resolve(exact, {"strategy": "d2f"}, f"{ENGINE_WIDE} ")
+        exact = apply_engine_settings({"strategy": "d2f"}, exact)
     chosen = given.pop("profile", DEFAULT_PROFILE)
     if isinstance(given.get("suffix"), str):
         given["suffix"] = suffix_ids(model, given["suffix"])
     names = sorted(PROFILES, key=lambda name: name != chosen)
-    profiles = {name: parse_engine_defaults(given, family.profile(name, exact)) for name in names}
+    profiles = {name: apply_engine_settings(given, family.profile(name, exact)) for name in names}
     check_token_ids(profiles[chosen], model.get_vocab_size(), f"{ENGINE_WIDE} ")
     return profiles
 

@@ -43,19 +43,18 @@ def check_token_ids(params: DiffusionParams, vocab_size: int, label: str) -> Non
 
 def check_engine_settings(settings: Any) -> dict[str, Any]:
     """Engine-wide settings (``{"steps": 64}``). Raises ValueError for a wrong one."""
-    where = ENGINE_WIDE
     if not isinstance(settings, Mapping):
-        raise ValueError(f"{where} must be a mapping of parameter names to values, got {shown(settings)}")
+        raise ValueError(f"{ENGINE_WIDE} must be a mapping of parameter names to values, got {shown(settings)}")
     for name, value in settings.items():
         if name not in RULES:
-            raise ValueError(f"{where} has an unknown parameter {shown(name)}{_nearest(name, RULES)}")
-        _check(f"{where} {name}", name, value)
+            raise ValueError(f"{ENGINE_WIDE} has an unknown parameter {shown(name)}{_nearest(name, RULES)}")
+        _check(f"{ENGINE_WIDE} {name}", name, value)
     return dict(settings)
 
 
-def parse_engine_defaults(settings: Any, base: DiffusionParams) -> DiffusionParams:
-    """``base`` with the engine-wide ``settings`` applied. Raises ValueError for a wrong one, or two that exclude each other."""
-    return resolve(base, check_engine_settings(settings), label=f"{ENGINE_WIDE} ")
+def apply_engine_settings(settings: Mapping[str, Any], base: DiffusionParams) -> DiffusionParams:
+    """``base`` with the checked engine-wide ``settings``. Raises ValueError where two of them exclude each other."""
+    return resolve(base, settings, label=f"{ENGINE_WIDE} ")
 
 
 def parse_request(

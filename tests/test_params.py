@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm_plugin import extras as extras_
-from dllm_plugin.extras import engine_settings, parse_engine_defaults, parse_request
+from dllm_plugin.extras import apply_engine_settings, check_engine_settings, engine_settings, parse_request
 from dllm_plugin.families import FAMILIES, Family
 from dllm_plugin.messages import shown
 from dllm_plugin.params import CONFLICTS, PREFIX, PROFILES, RULES, DiffusionParams
@@ -21,6 +21,12 @@ NEUTRAL = DiffusionParams()
 BLOCK = DiffusionParams(strategy="block", block_length=4)  # of a family under block-causal attention
 OF_BLOCK = ("block_steps", "sub_block_length", "entropy_bound", "edit_threshold", "preset")
 VOCABULARY, LONGEST = 1000, 2048  # of the model that requests are for
+
+
+def parse_engine_defaults(settings, base):
+    return apply_engine_settings(check_engine_settings(settings), base)
+
+
 check_request = partial(extras_.check_request, vocab_size=VOCABULARY, max_model_len=LONGEST)
 NAN, INF = math.nan, math.inf
 
@@ -491,6 +497,23 @@ def test_a_profile_is_what_the_family_says_of_it(family, name):
     for parameter, value in family.profiles.get(name, {}).items():
         assert getattr(params, parameter) == value
     assert params.threshold is not None, "one token a step"
+
+
+CHAT, BLOCKWISE = (
+    {"canvas_length": 128, "block_length": 32, "threshold": 0.9},
+    ({"threshold": 0.9}, {"threshold": 0.85}),
+)
+WRITTEN = {  # balanced and fast, as docs/profiles.md has them
+    **dict.fromkeys(("LLaDA", "LLaDA-MoE", "Dream"), (CHAT, {**CHAT, "cache": "dual"})),
+    **dict.fromkeys(("SDAR", "SDAR-MoE", "Stable-DiffCoder", "DreamReasoner"), BLOCKWISE),
+    "LLaDA2": ({}, {"threshold": 0.9}),
+    "Fast-dLLM v2": ({"threshold": 0.9}, {"threshold": 0.9, "cache": "dual"}),
+}
+
+
+def test_the_profiles_are_those_of_the_documentation():
+    got = {each.name: tuple(dict(each.profiles.get(name, {})) for name in ("balanced", "fast")) for each in FAMILIES}
+    assert got == WRITTEN
 
 
 def test_a_request_takes_its_profile_before_its_own_parameters():
