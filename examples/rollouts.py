@@ -45,9 +45,8 @@ def main() -> None:
 
 
 def show(rollout: Rollout) -> None:
-    print(
-        f"  {len(rollout.prompt_token_ids)} tokens of prompt, {rollout.num_answer} of answer, {sum(rollout.logprobs):.3f}"
-    )
+    told = f"{len(rollout.prompt_token_ids)} tokens of prompt, {rollout.num_answer} of answer"
+    print(f"  {told}, their log-probabilities add up to {sum(rollout.logprobs):.3f}")
     print("  unmasked in pass", " ".join(f"{step}" if step >= 0 else "." for step in rollout.forward_passes))
 
 
