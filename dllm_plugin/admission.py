@@ -11,7 +11,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from dllm_plugin.compat import V2LogitsProcessor
-from dllm_plugin.extras import check_request, parse_request
+from dllm_plugin.extras import check_request
 from dllm_plugin.messages import shown
 from dllm_plugin.params import MOST
 from dllm_plugin.settings import EngineSettings
@@ -121,7 +121,7 @@ def check_likelihood(sampling_params: SamplingParams, settings: EngineSettings) 
     asked = sampling_params.prompt_logprobs
     if asked is None:
         return
-    params = parse_request(sampling_params.extra_args, settings.defaults, settings.profiles)
+    params = settings.params_of(sampling_params.extra_args)
     if params.strategy == "d2f":
         raise ValueError(
             "prompt_logprobs are of full or block-causal attention, got diffusion_strategy='d2f'; ask with "

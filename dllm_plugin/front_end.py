@@ -14,7 +14,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
 from dllm_plugin.admission import DiffusionParameterError
-from dllm_plugin.extras import check_token_ids, parse_request
+from dllm_plugin.extras import check_token_ids
 from dllm_plugin.messages import shown
 from dllm_plugin.params import PREFIX
 from dllm_plugin.settings import EngineSettings
@@ -80,7 +80,7 @@ def complete(
     if not sampling.skip_special_tokens and settings.turn_end_token_id >= 0:
         # models write it before EOS; a parser of tools or reasoning has special tokens shown, and would hand it on as content
         sampling.update_from_generation_config({"eos_token_id": settings.turn_end_token_id}, sampling.eos_token_id)
-    params = parse_request(sampling.extra_args, settings.defaults, settings.profiles)
+    params = settings.params_of(sampling.extra_args)
     room = functools.partial(settings.answer_limit, params, len(prompt), sampling.max_tokens, max_model_len)
     if isinstance(text := params.suffix, str):
         if tokenizer is None:

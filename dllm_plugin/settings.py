@@ -1,8 +1,10 @@
 """What the engine-config hook has resolved: one frozen record, on the model config that every process of an engine has."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from dllm_plugin.extras import parse_request
 from dllm_plugin.families import Family, family_of
 from dllm_plugin.params import DiffusionParams
 
@@ -33,6 +35,10 @@ class EngineSettings:
     @property
     def family(self) -> Family:
         return family_of(self.architecture)
+
+    def params_of(self, extra_args: Mapping[str, Any] | None) -> DiffusionParams:
+        """The parameters of a request by its extras. Raises ValueError for a wrong one, or two that exclude each other."""
+        return parse_request(extra_args, self.defaults, self.profiles)
 
     @property
     def shift(self) -> int:

@@ -60,6 +60,16 @@ def test_wrong_engine_wide_defaults_stop_the_start(diffusion, message):
     serves(engine("llada"))
 
 
+def test_an_engine_of_d2f_has_the_profiles_of_d2f():
+    """A threshold, or a cache, would contradict the strategy that the operator has set."""
+    llm = engine_with("llada", additional_config={"diffusion": {"strategy": "d2f", "profile": "fast"}})
+    settings = llm.llm_engine.model_config.diffusion
+    assert [each.profile for each in settings.profiles] == ["fast", "exact", "balanced"]
+    for each in settings.profiles:
+        assert (each.strategy, each.threshold, each.cache) == ("d2f", None, "none")
+    assert [each.d2f_accept_threshold for each in settings.profiles] == [0.8, 0.9, 0.9]
+
+
 # ---- engine configurations
 
 

@@ -314,6 +314,17 @@ def test_admission_knows_the_defaults_of_its_engine():
         admission.check_sampling_params(asked, SETTINGS)
 
 
+def test_admission_knows_the_profile_that_a_request_names():
+    """Four steps are enough for the canvas of one profile, and not for that of another."""
+    exact, balanced = DiffusionParams(profile="exact"), DiffusionParams(profile="balanced", canvas_length=128)
+    settings = replace(SETTINGS, defaults=balanced, profiles=(balanced, exact))
+    extras = {"diffusion_steps": 4, "diffusion_block_length": 32}
+    admission.check_sampling_params(SamplingParams(max_tokens=300, extra_args=extras), settings)
+    with pytest.raises(ValueError, match="4 steps cannot unmask 10 blocks"):
+        named = SamplingParams(max_tokens=300, extra_args=extras | {"diffusion_profile": "exact"})
+        admission.check_sampling_params(named, settings)
+
+
 @pytest.mark.parametrize("seed", ["a", 1.5])
 def test_a_seed_is_a_number(seed):
     llm = engine("llada")

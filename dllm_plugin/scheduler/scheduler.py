@@ -25,7 +25,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from dllm_plugin.compat import end_with_error
 from dllm_plugin.controls import Controls
-from dllm_plugin.extras import check_token_ids, parse_request
+from dllm_plugin.extras import check_token_ids
 from dllm_plugin.kernels import philox
 from dllm_plugin.messages import shown
 from dllm_plugin.metrics import Event, write_trajectory
@@ -126,8 +126,7 @@ class DiffusionScheduler(Scheduler):
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
             try:
-                extras = sampling_of(request).extra_args
-                params = parse_request(extras, self.settings.defaults, self.settings.profiles)
+                params = self.settings.params_of(sampling_of(request).extra_args)
                 denoising = self._begin_denoising(request, params)
             except Exception as error:
                 # the front end refuses such a request, but for one that was made elsewhere. An exception here would end the
